@@ -1,0 +1,39 @@
+"""What every room agrees on about tensors: memory format, accumulation dtype, per-channel shapes.
+
+A leaf: it imports torch only, and any module of the package may import it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHANNEL_DIMS = (0, 2, 3)  # what a per-channel reduction of an NCHW-shaped tensor sums over
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of mean, rstd, scale, bias and sums beside activations of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The dense format x is stored in, or is to be brought to: channels_last or contiguous (NCHW).
+
+    Strides decide, so that an image of one channel keeps the format it was converted to. On a GPU
+    everything runs channels_last.
+    """
+    if x.device.type == "cuda":
+        return torch.channels_last
+    if x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def per_channel(v: Tensor) -> Tensor:
+    """A [C] vector as [1, C, 1, 1], ready to broadcast against [N, C, H, W]."""
+    return v.view(1, -1, 1, 1)
+
+
+def elements_per_channel(x: Tensor) -> int:
+    """N*H*W of an [N, C, H, W] tensor."""
+    return x.size(0) * x.size(2) * x.size(3)
