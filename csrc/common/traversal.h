@@ -1,0 +1,61 @@
+// How CPU kernels walk a tensor. Work is cut by sizes alone, never by the number of threads, and no
+// two items write the same element: results do not depend on the thread count.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fusedres/types.h"
+
+namespace fusedres {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls body(i) for i in [0, items). `work` is the number of elements behind all items: below a
+// few microseconds of it, waking the other threads costs more than they save.
+template <class Body>
+void parallel_for(int64_t items, int64_t work, int threads, const Body& body) {
+  constexpr int64_t kSerialWork = 1 << 14;
+  const bool parallel = threads > 1 && items > 1 && work >= kSerialWork;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+  for (int64_t i = 0; i < items; ++i) body(i);
+}
+
+// Calls f(begin, end) on pieces of [0, numel).
+template <class F>
+void for_each_range(int64_t numel, int threads, const F& f) {
+  constexpr int64_t kPiece = 1 << 13;
+  parallel_for(ceil_div(numel, kPiece), numel, threads, [&](int64_t i) {
+    f(i * kPiece, std::min(numel, (i + 1) * kPiece));
+  });
+}
+
+// Calls f(offset, channel) for every element. f is copied into each item, so that what it captures
+// by value sits in registers: through a reference, each store could change it.
+template <class F>
+void elementwise(const Shape& shape, int threads, const F& f) {
+  const int64_t channels = shape.c;
+  if (shape.channels_inner()) {
+    const int64_t rows = shape.rows();
+    const int64_t block = std::max<int64_t>(1, (1 << 13) / std::max<int64_t>(1, channels));
+    parallel_for(ceil_div(rows, block), shape.numel(), threads, [&](int64_t i) {
+      const F local = f;
+      const int64_t end = std::min(rows, (i + 1) * block);
+      for (int64_t row = i * block; row < end; ++row) {
+        const int64_t offset = row * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) local(offset + c, c);
+      }
+    });
+  } else {
+    const int64_t pixels = shape.hw();
+    parallel_for(shape.n * channels, shape.numel(), threads, [&](int64_t plane) {
+      const F local = f;
+      const int64_t offset = plane * pixels, c = plane % channels;
+#pragma omp simd
+      for (int64_t i = 0; i < pixels; ++i) local(offset + i, c);
+    });
+  }
+}
+
+}  // namespace fusedres

@@ -1,0 +1,51 @@
+// Normalise, add a residual, apply ReLU: one pass; and its backward with the sums BatchNorm needs.
+#pragma once
+
+#include "fusedres/types.h"
+
+namespace fusedres {
+
+// a = act((y - mean)*scale + bias + r), act = ReLU or nothing, and r one of
+//   0                                                  residual null
+//   residual                                           res_mean null
+//   (residual - res_mean)*res_scale + res_bias         the projection shortcut
+struct BnActFwdParams {
+  DType dtype;
+  Shape shape;
+  int threads;
+  bool relu;
+  const void* y;          // [N, C, H, W]
+  const void* mean;       // [C], float (double for a double y); as are all vectors
+  const void* scale;      // [C]
+  const void* bias;       // [C]
+  const void* residual;   // [N, C, H, W] or null
+  const void* res_mean;   // [C] or null, as are the next two
+  const void* res_scale;  // [C]
+  const void* res_bias;   // [C]
+  void* a;                // [N, C, H, W]
+};
+
+// da = grad [+ grad_extra];  g = a <= 0 ? 0 : da, rounded to the dtype;  over the rounded g:
+//   sums     = (sum g, sum g*(y - mean))
+//   res_sums = (sum g, sum g*(res_y - res_mean))
+struct BnActBwdParams {
+  DType dtype;
+  Shape shape;
+  int threads;
+  const void* grad;        // [N, C, H, W]
+  const void* grad_extra;  // [N, C, H, W] or null
+  const void* a;           // [N, C, H, W], or null: no ReLU
+  const void* y;           // [N, C, H, W]
+  const void* mean;        // [C], float (double for a double y)
+  const void* res_y;       // [N, C, H, W] or null
+  const void* res_mean;    // [C] or null
+  void* g;                 // [N, C, H, W], may be grad itself; not written without a or grad_extra
+  void* sums;              // [2, C], like mean
+  void* res_sums;          // [2, C], or null without res_y
+  double* workspace;       // [partial_rows(shape), res_sums ? 3 : 2, C]
+};
+
+void launch_bn_act_fwd(const BnActFwdParams& params);
+void launch_bn_act_bwd(const BnActBwdParams& params);
+
+}  // namespace fusedres
