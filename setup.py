@@ -1,0 +1,183 @@
+"""Builds fusedres._C: csrc/ compiled by a C++ compiler and, where there is one, nvcc. No torch.
+
+FUSEDRES_CUDA        unset: CUDA kernels if nvcc is in CUDA_HOME or on PATH; 0: none; 1: required;
+                     wheel: nvcc from pip wheels, which build isolation fetches
+FUSEDRES_CUDA_ARCHS  "90;100": these architectures instead of the default list
+FUSEDRES_DEBUG       1: line information and debug symbols
+CXX                  the C++ compiler
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+DEFAULT_ARCHS = ["80", "86", "89", "90", "100", "120"]
+# nvcc's pieces, all of one minor version: pip would otherwise mix a newer nvvm with an older ptxas.
+NVCC_WHEELS = [
+    f"nvidia-{part}==13.0.*"
+    for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
+]
+CUDA = os.environ.get("FUSEDRES_CUDA", "auto") or "auto"
+if CUDA not in ("auto", "0", "1", "wheel"):
+    sys.exit(f"fusedres: FUSEDRES_CUDA={CUDA!r} is not one of 0, 1, wheel (or unset)")
+DEBUG = os.environ.get("FUSEDRES_DEBUG", "0") == "1"
+LINUX = platform.system() == "Linux"
+
+
+def merge_wheels(target: Path) -> Path:
+    """nvcc of the nvidia-* wheels, whose trees may lie in several folders, linked into one.
+
+    One tree at a fixed place also keeps nvcc's command line, and so the objects, from one isolated
+    build environment to the next.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    for root in (Path(entry or ".", "nvidia", "cu13") for entry in sys.path):
+        for source in (f for f in root.rglob("*") if f.is_file()):
+            link = target / source.relative_to(root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(source.resolve())
+    needed = ["bin/nvcc", "bin/crt", "nvvm/bin/cicc", "include/cuda_runtime_api.h", "include/cccl"]
+    missing = [piece for piece in needed if not (target / piece).exists()]
+    if missing:
+        quoted = " ".join(f'"{wheel}"' for wheel in NVCC_WHEELS)
+        sys.exit(
+            f"fusedres: FUSEDRES_CUDA=wheel finds no nvidia/cu13/{missing[0]} on sys.path. Without "
+            f"build isolation the wheels must be there first: pip install {quoted}"
+        )
+    return target / "bin" / "nvcc"
+
+
+def find_nvcc(build: Path) -> Path | None:
+    if CUDA == "0":
+        return None
+    if CUDA == "wheel":
+        return merge_wheels(build / "cuda")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=Path(home, "bin"))) or shutil.which("nvcc")
+    if CUDA == "1" and not nvcc:
+        sys.exit(
+            "fusedres: FUSEDRES_CUDA=1, but there is no nvcc in CUDA_HOME or on PATH. Set CUDA_HOME, "
+            "or take nvcc from pip wheels with FUSEDRES_CUDA=wheel"
+        )
+    return Path(nvcc) if nvcc else None
+
+
+def output_of(*command: object) -> str:
+    run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"fusedres: {shlex.join(map(str, command))} failed:\n{run.stdout}{run.stderr}")
+    return run.stdout + run.stderr
+
+
+def choose_archs(nvcc: Path) -> list[str]:
+    known = {code.removeprefix("sm_") for code in output_of(nvcc, "--list-gpu-code").split()}
+    asked = os.environ.get("FUSEDRES_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
+    archs = [arch for arch in asked.split(";") if arch]
+    unknown = [a for a in archs or DEFAULT_ARCHS if a.rstrip("af") not in known]
+    names = f"{', '.join(unknown)} (known: {', '.join(sorted(known, key=int))})"
+    if unknown and archs:
+        sys.exit(f"fusedres: FUSEDRES_CUDA_ARCHS={asked!r}: {nvcc} does not know {names}")
+    if unknown:
+        print(f"fusedres: leaving out architectures that {nvcc} does not know: {names}")
+    return archs or [a for a in DEFAULT_ARCHS if a not in unknown]
+
+
+def toolkit_file(nvcc: Path, name: str) -> Path:
+    """A header or library of nvcc's own toolkit, wherever wheels, distributions or conda put it."""
+    settings = output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
+    top = Path(next(s for s in settings.splitlines() if s.startswith("#$ TOP=")).partition("=")[2])
+    for folder in (d for pattern in ("include", "lib*", "targets/*/*") for d in top.glob(pattern)):
+        if (folder / name).exists():
+            return folder / name
+    sys.exit(f"fusedres: {nvcc} works, but its toolkit in {top} has no {name}")
+
+
+class NinjaBuild(build_ext):
+    """Compiles through a build.ninja, so that builds are parallel and only redo what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cxx = shlex.split(os.environ.get("CXX") or "g++")
+        if not shutil.which(cxx[0]):
+            sys.exit(
+                f"fusedres: no C++ compiler ({cxx[0]} not found). Install one with `apt-get install "
+                "g++` or `dnf install gcc-c++`, or name yours in CXX"
+            )
+        try:
+            import ninja
+            import pybind11
+        except ImportError as error:
+            sys.exit(f"fusedres: building needs {error.name}: `pip install {error.name}`")
+
+        build = Path("build", "fusedres" + sysconfig.get_config_var("EXT_SUFFIX"))
+        build.mkdir(parents=True, exist_ok=True)
+        module = build / "_C.so"
+        (build / "build.ninja").write_text(self.rules(build, module, cxx, pybind11.get_include()))
+        jobs = [f"-j{self.parallel}"] if self.parallel else []
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(build / "build.ninja"), *jobs]
+        if subprocess.run(command).returncode:
+            sys.exit("fusedres: compiling csrc/ failed, see above")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(module, target)
+
+    def rules(self, build: Path, module: Path, cxx: list[str], pybind11_include: str) -> str:
+        common = ["-std=c++17", "-O3", "-Icsrc", "-Icsrc/include", *(["-g"] if DEBUG else [])]
+        host = ["-fPIC", "-fvisibility=hidden", "-fopenmp"]
+        python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
+        cuda, libs = [], []
+        if nvcc := find_nvcc(build):
+            archs = choose_archs(nvcc)
+            host_cxx = [w for w in cxx if Path(w).name not in ("ccache", "sccache", "distcc")][0]
+            cuda = [*common, "-ccbin", host_cxx, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            # PTX of the newest for GPUs to come; an architecture-specific one (90a) has no future.
+            cuda += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs if a.isdigit()][-1:]
+            cuda += ["-DFUSEDRES_WITH_CUDA", "-lineinfo" if DEBUG else ""]
+            include = toolkit_file(nvcc, "cuda_runtime_api.h").parent
+            define = f'-DFUSEDRES_CUDA_ARCHS="{";".join(archs)}"'
+            python += ["-DFUSEDRES_WITH_CUDA", define, "-isystem", str(include)]
+            libs = [str(toolkit_file(nvcc, "libcudart_static.a")), "-ldl", "-lrt", "-lpthread"]
+        print(f"fusedres: CUDA kernels: {f'{nvcc}, sm_' + ' sm_'.join(archs) if nvcc else 'none'}")
+
+        def line(*words: object) -> str:
+            return " ".join(shlex.quote(str(w)) for w in words if w).replace("$", "$$")
+
+        sources = [s for s in SOURCES if nvcc or s.suffix != ".cu"]
+        objects = {s: build / s.relative_to("csrc").with_suffix(s.suffix + ".o") for s in sources}
+        link = line(*cxx, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", "-o", module)
+        text = f"""builddir = {build}
+rule cxx
+  command = {line(*cxx, *common, *host, "-Wall", "-Wextra")} -MMD -MF $out.d $python -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {line(nvcc, *cuda)} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {link} $in {line(*libs)}
+"""
+        for source, obj in objects.items():
+            text += f"build {obj}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}\n"
+            # The only file that sees Python: a new build environment recompiles nothing else.
+            text += f"  python = {line(*python)}\n" if source.name == "bindings.cpp" else ""
+        return text + f"build {module}: link {' '.join(map(str, objects.values()))}\n"
+
+
+SOURCES = sorted(p for p in Path("csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
+if not LINUX:
+    print(f"fusedres: no extension on {platform.system()}; the reference path (PyTorch) serves there")
+setup(
+    ext_modules=[Extension("fusedres._C", [str(s) for s in SOURCES])] if LINUX else [],
+    cmdclass={"build_ext": NinjaBuild},
+    setup_requires=NVCC_WHEELS if CUDA == "wheel" else [],
+)
