@@ -1,0 +1,56 @@
+"""Normalise, add a residual, apply ReLU, and its backward (csrc/cpu/bn_act.cpp)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fusedres.native import require
+from fusedres.native._args import head, like, pointer, vectors, workspace
+
+
+def bn_act_fwd(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    residual: Tensor | None,  # [N, C, H, W]
+    res_mean: Tensor | None,  # [C], as are the next two; None: the residual is added as it is
+    res_scale: Tensor | None,
+    res_bias: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """a = act((y - mean)*scale + bias + residual), [N, C, H, W] in y's memory format."""
+    a = like(y)
+    tensors = (y, mean, scale, bias, residual, res_mean, res_scale, res_bias, a)
+    require().bn_act_fwd(*head(y), relu, *map(pointer, tensors))
+    return a
+
+
+def bn_act_bwd(
+    grad: Tensor,  # [N, C, H, W]
+    grad_extra: Tensor | None,  # [N, C, H, W], added to grad
+    a: Tensor | None,  # [N, C, H, W], the activation; None: no ReLU
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    res_y: Tensor | None,  # [N, C, H, W], of a residual that is normalised too
+    res_mean: Tensor | None,  # [C]
+    out: Tensor | None = None,  # receives g; may be grad
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(g, sums [2, C], res_sums [2, C] or None).
+
+    g is grad itself where there is nothing to change (neither `a` nor `grad_extra`) and no `out`.
+    """
+    c = require()
+    args = head(y)
+    if a is not None or grad_extra is not None:
+        g = like(y) if out is None else out
+    elif out is None or out is grad:
+        g = grad
+    else:
+        grad = g = out.copy_(grad)
+    sums = vectors(y, 2)
+    res_sums = None if res_y is None else vectors(y, 2)
+    work = workspace(c.partial_rows(args[1], args[2]), 2 if res_y is None else 3, y)
+    tensors = (grad, grad_extra, a, y, mean, res_y, res_mean, g, sums, res_sums, work)
+    c.bn_act_bwd(*args, *map(pointer, tensors))
+    return g, sums, res_sums

@@ -1,0 +1,57 @@
+"""The stem's maxpool(relu(bn(y))) and its backward (csrc/cpu/bn_relu_maxpool.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres._tensors import memory_format_of
+from fusedres.native import require
+from fusedres.native._args import head, like, pointer, vectors, workspace
+
+
+def _pooled(extent: int, kernel_size: int, stride: int, padding: int) -> int:
+    return max(0, (extent + 2 * padding - kernel_size) // stride + 1)
+
+
+def bn_relu_maxpool_fwd(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    kernel_size: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """p = maxpool(relu((y - mean)*scale + bias)), in y's memory format."""
+    height, width = (_pooled(extent, kernel_size, stride, padding) for extent in y.shape[2:])
+    p = torch.empty(
+        (*y.shape[:2], height, width),
+        dtype=y.dtype,
+        device=y.device,
+        memory_format=memory_format_of(y),
+    )
+    tensors = (y, mean, scale, bias, p)
+    require().bn_relu_maxpool_fwd(*head(y), kernel_size, stride, padding, *map(pointer, tensors))
+    return p
+
+
+def bn_relu_maxpool_bwd(
+    grad: Tensor,  # of p
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    kernel_size: int,
+    stride: int,
+    padding: int,
+) -> tuple[Tensor, Tensor]:
+    """(g, sums [2, C]): the gradient of (y - mean)*scale + bias and its sums."""
+    c = require()
+    args = head(y)
+    g, sums = like(y), vectors(y, 2)
+    winners = torch.empty(grad.numel(), dtype=torch.uint8)
+    work = workspace(c.partial_rows(args[1], args[2]), 2, y)
+    tensors = (grad, y, mean, scale, bias, g, sums, winners, work)
+    c.bn_relu_maxpool_bwd(*args, kernel_size, stride, padding, *map(pointer, tensors))
+    return g, sums
