@@ -16,17 +16,16 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The dense format x is stored in, or is to be brought to: channels_last or contiguous (NCHW).
-
-    Strides decide, so that an image of one channel keeps the format it was converted to. On a GPU
-    everything runs channels_last.
-    """
-    if x.device.type == "cuda":
-        return torch.channels_last
+def stored_format(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous (NCHW), by x's strides, so that an image of one channel keeps its format."""
     if x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The dense format in which ops handle x: its own; on a GPU always channels_last."""
+    return torch.channels_last if x.device.type == "cuda" else stored_format(x)
 
 
 def per_channel(v: Tensor) -> Tensor:

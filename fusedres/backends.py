@@ -1,0 +1,199 @@
+"""Which implementation runs: the registry of backends, the scopes that choose one, and the reasons.
+
+A backend is asked for by `use_backend`, by the environment variable FUSEDRES_BACKEND, or left to "auto",
+which takes the fastest one that serves the tensors at hand and falls back to "reference". A backend asked
+for by name that cannot serve raises and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+OPS = ("conv_bn", "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
+PLANS = ("auto", "fused", "split")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What one backend serves, as data."""
+
+    name: str
+    room: str  # the module that holds its kernels
+    devices: tuple[str, ...]  # device types; () means any
+    dtypes: tuple[torch.dtype, ...]
+    ops: tuple[str, ...]
+    plans: tuple[str, ...]  # of conv_bn
+
+
+_ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("reference", "fusedres.reference", (), _ALL_DTYPES, OPS, ("split",)),
+        Backend(
+            "cpp",
+            "fusedres.native",
+            ("cpu",),
+            (torch.float32, torch.bfloat16, torch.float64),
+            OPS,
+            ("split",),
+        ),
+        Backend("triton", "fusedres.triton_kernels", ("cuda",), _ALL_DTYPES, (), ()),
+        Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, ("add_relu",), ()),
+    )
+}
+_AUTO_ORDER = ("cuda", "triton", "cpp")  # fastest first; then "reference"
+NAMES = (*BACKENDS, "auto")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of a look-up: a backend, conv_bn's plan, and why nothing faster runs ("" if nothing is)."""
+
+    backend: str
+    plan: str
+    reason: str
+
+
+_backend_scope: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
+_plan_scope: ContextVar[str] = ContextVar("fusedres_plan", default="auto")
+
+
+def _checked(name: str, accepted: tuple[str, ...], what: str) -> str:
+    if name not in accepted:
+        raise ValueError(f"{what}: got {name!r}, accepted: {', '.join(map(repr, accepted))}")
+    return name
+
+
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose the backend within a `with` block (or a decorated function) of this thread or task.
+
+    Args:
+        name: "reference", "cpp", "triton", "cuda" or "auto".
+
+    A compiled function (torch.compile) keeps the backend that was in force when it was compiled.
+    Backward runs what its forward chose.
+
+    Raises:
+        ValueError: another name. An op raises RuntimeError where the backend cannot serve its tensors.
+    """
+    return _scoped(_backend_scope, _checked(name, NAMES, "use_backend: name"))
+
+
+def use_plan(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose how conv_bn runs within a `with` block: "fused", "split" or "auto" (by the table).
+
+    "fused" is one kernel for the convolution with its prologue and epilogue; "split" materialises the
+    activation with one light kernel and calls the library's convolution.
+
+    Raises:
+        ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan.
+    """
+    return _scoped(_plan_scope, _checked(name, PLANS, "use_plan: name"))
+
+
+@contextlib.contextmanager
+def _scoped(variable: ContextVar[str], value: str) -> Iterator[None]:  # type: ignore[type-arg]
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def requested_backend() -> str:
+    """The name in force here: the innermost use_backend, else FUSEDRES_BACKEND, else "auto"."""
+    scoped = _backend_scope.get()
+    if scoped is not None:
+        return scoped
+    return _checked(os.environ.get("FUSEDRES_BACKEND") or "auto", NAMES, "FUSEDRES_BACKEND")
+
+
+def unavailable(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot run `op` on tensors of this device type and dtype; None if it can."""
+    b = BACKENDS[name]
+    if op not in b.ops:
+        return f"backend {name!r} has no {op} kernel in this version of fusedres"
+    if b.devices and device not in b.devices:
+        return f"backend {name!r} serves {'/'.join(b.devices)} tensors, not {device}"
+    if dtype not in b.dtypes:
+        served = ", ".join(str(d).removeprefix("torch.") for d in b.dtypes)
+        return f"backend {name!r} serves {served}, not {str(dtype).removeprefix('torch.')}"
+    return not_ready(name)
+
+
+@cache
+def not_ready(name: str) -> str | None:
+    """Why the backend as a whole is off on this machine, with the command that turns it on; None if ready."""
+    if name in ("cpp", "cuda"):
+        from fusedres import native
+
+        extension = native.load()
+        if extension is None:
+            return native.unavailable_reason()
+        if name == "cuda" and not extension.cuda_built:
+            return (
+                "fusedres._C was built without CUDA; install nvcc and reinstall with FUSEDRES_CUDA=1, "
+                "or with FUSEDRES_CUDA=wheel, which brings nvcc along"
+            )
+        if name == "cuda":
+            return extension.cuda_driver_status()  # type: ignore[no-any-return]
+    if name == "triton":
+        return "backend 'triton' has no kernels in this version of fusedres"
+    return None
+
+
+@cache
+def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -> Choice:
+    if backend == "auto":
+        candidates = [n for n in _AUTO_ORDER if op in BACKENDS[n].ops]
+        reasons = []
+        for name in candidates:
+            why = unavailable(name, op, device, dtype)
+            if why is None:
+                backend = name
+                break
+            if device in BACKENDS[name].devices:
+                reasons.append(why)
+        else:
+            backend = "reference"
+        reason = "; ".join(reasons)
+        if backend == "reference" and not reason:
+            reason = f"no backend of this version has a {op} kernel for {device} tensors"
+    else:
+        reason = unavailable(backend, op, device, dtype) or ""
+        if reason:
+            raise RuntimeError(
+                f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' would fall back)"
+            )
+    if op == "conv_bn":
+        if plan == "auto":
+            plan = "split"
+        elif plan not in BACKENDS[backend].plans:
+            raise RuntimeError(f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')")
+    return Choice(backend, plan, reason)
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, device: str, dtype: torch.dtype) -> Choice:
+    """Backend and plan for one call, resolved in forward and kept for its backward.
+
+    Raises:
+        RuntimeError: a backend or plan asked for by name cannot serve these tensors.
+    """
+    return _choose(op, device, dtype, requested_backend(), _plan_scope.get())
+
+
+@cache
+def kernels(backend: str, op: str) -> ModuleType:
+    """The module that holds a backend's kernels of one op: fusedres.native.bn_act, say."""
+    return importlib.import_module(f"{BACKENDS[backend].room}.{op}")

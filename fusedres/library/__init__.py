@@ -1,0 +1,1 @@
+"""Convolutions by cuDNN and oneDNN through torch, and the split plans built on them. Imports torch only."""

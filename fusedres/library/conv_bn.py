@@ -1,0 +1,152 @@
+"""conv_bn's split plan: light passes around the library's convolution, under the contract of the fused kernel.
+
+Forward materialises the activation with one light pass, calls the convolution, and takes statistics with
+another. Backward re-materialises the activation where it was not emitted (dgrad's mask and wgrad read it),
+turns g into dy with one pass, calls the library's dgrad and wgrad, and finishes with one pass that joins
+the shortcut's gradient, applies ReLU's mask in place and takes the sums of the gradient protocol.
+
+Per element of the input 2 reads + 1 write forward; per element of the output 1 read, backward 2 reads +
+1 write; convolutions come on top. `light` is any backend's light passes: the split plan is one for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Conv(NamedTuple):
+    """The geometry of a convolution."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    dilation: tuple[int, int]
+    groups: int
+
+    def even_padding(self) -> bool:
+        """Whether both sides are padded alike, so that the library can do it."""
+        top, bottom, left, right = self.padding
+        return top == bottom and left == right
+
+
+class Source(NamedTuple):
+    """A convolution's input: a Tensor (mean is None), or the fields of a Deferred."""
+
+    x: Tensor  # [N, C, H, W]
+    mean: Tensor | None  # [C]
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None  # [N, C, H, W]
+    res_mean: Tensor | None  # [C]: given if the residual is a Deferred
+    res_scale: Tensor | None
+    res_bias: Tensor | None
+    relu: bool
+
+    def materialise(self, light: Any) -> Tensor:
+        """The activation in memory."""
+        if self.mean is None:
+            return self.x
+        return light.bn_act_fwd(*self)  # type: ignore[no-any-return]
+
+
+def convolution(a: Tensor, weight: Tensor, conv: Conv, memory_format: torch.memory_format) -> Tensor:
+    """y [N, K, OH, OW], dense in `memory_format`."""
+    if a.size(0) == 0:
+        return a.new_empty(output_shape(a.shape, weight.shape, conv)).to(memory_format=memory_format)
+    padded, padding = _pad(a, conv)
+    y = torch.ops.aten.convolution(
+        padded, weight, None, conv.stride, padding, conv.dilation, False, [0, 0], conv.groups
+    )
+    return y.contiguous(memory_format=memory_format)
+
+
+def convolution_backward(
+    dy: Tensor, a: Tensor, weight: Tensor, conv: Conv, need_da: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dgrad and wgrad by the library, in the compute dtype; None for what is not needed."""
+    if a.size(0) == 0:
+        return torch.zeros_like(a) if need_da else None, torch.zeros_like(weight) if need_dw else None
+    padded, padding = _pad(a, conv)
+    da, dw, _ = torch.ops.aten.convolution_backward(
+        dy,
+        padded,
+        weight,
+        None,
+        conv.stride,
+        padding,
+        conv.dilation,
+        False,
+        [0, 0],
+        conv.groups,
+        [need_da, need_dw, False],
+    )
+    if need_da and padded is not a:
+        top, _, left, _ = conv.padding
+        da = da[:, :, top : top + a.size(2), left : left + a.size(3)]
+    return (da if need_da else None), (dw if need_dw else None)
+
+
+def _pad(a: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int]]:
+    top, bottom, left, right = conv.padding
+    if conv.even_padding():
+        return a, (top, left)
+    return F.pad(a, (left, right, top, bottom)), (0, 0)
+
+
+def output_shape(x: torch.Size, weight: torch.Size, conv: Conv) -> tuple[int, int, int, int]:
+    """[N, K, OH, OW] of the convolution of x [N, C, H, W] with weight [K, C / groups, R, S]."""
+    top, bottom, left, right = conv.padding
+    taps_h = conv.dilation[0] * (weight[2] - 1) + 1
+    taps_w = conv.dilation[1] * (weight[3] - 1) + 1
+    return (
+        x[0],
+        weight[0],
+        (x[2] + top + bottom - taps_h) // conv.stride[0] + 1,
+        (x[3] + left + right - taps_w) // conv.stride[1] + 1,
+    )
+
+
+def conv_bn_fwd(
+    light: Any, source: Source, weight: Tensor, conv: Conv, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """The materialised activation and the raw convolution output y."""
+    a = source.materialise(light)
+    return a, convolution(a, weight.to(a.dtype), conv, memory_format)
+
+
+def conv_bn_bwd(
+    light: Any,
+    dy: Tensor,  # [N, K, OH, OW]
+    grad_a: Tensor | None,  # [N, C, H, W], the gradient of the emitted activation
+    source: Source,
+    a: Tensor | None,  # the activation, if it was emitted
+    weight: Tensor,
+    conv: Conv,
+    need_input: bool,
+    need_weight: bool,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw as the weight is stored."""
+    if a is None:
+        a = source.materialise(light)
+    da, dw = convolution_backward(dy, a, weight.to(a.dtype), conv, need_input, need_weight)
+    if dw is not None:
+        dw = torch.empty_like(weight).copy_(dw) if _differs(dw, weight) else dw
+    if da is None:
+        return None, None, None, dw
+    da = da.contiguous(memory_format=memory_format)
+    if source.mean is None:
+        return (da if grad_a is None else da.add_(grad_a)), None, None, dw
+    mask = a if source.relu else None
+    res_y = source.residual if source.res_mean is not None else None
+    g, sums, res_sums = light.bn_act_bwd(
+        da, grad_a, mask, source.x, source.mean, res_y, source.res_mean, out=da
+    )
+    return g, sums, res_sums, dw
+
+
+def _differs(dw: Tensor, weight: Tensor) -> bool:
+    return dw.dtype != weight.dtype or dw.stride() != weight.stride()

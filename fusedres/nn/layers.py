@@ -1,0 +1,136 @@
+"""From plain nn.Conv2d and nn.BatchNorm2d children to the ops: arguments, state, and when not to fuse."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fusedres.deferred import Deferred
+from fusedres.ops import conv_bn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward or backward hook sits on the module, or on all modules."""
+    return any(getattr(module, name) for name in _HOOKS) or any(
+        getattr(torch_module, name, None) for name in _GLOBAL_HOOKS
+    )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else."""
+    return "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def plain_reason(module: nn.Module, name: str) -> str | None:
+    """Why the child `name` must be called as a module, so that its block cannot fuse; None if it can."""
+    if not isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.MaxPool2d):
+        return f"{name} is a {type(module).__name__}"
+    if type(module) not in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d):
+        return f"{name} is a {type(module).__name__}, a subclass whose forward may differ"
+    if not is_untouched(module):
+        return f"{name} has a hook or a forward of its own"
+    if isinstance(module, nn.Conv2d):
+        if module.bias is not None:
+            return f"{name} has a bias"
+        if module.padding_mode != "zeros":
+            return f"{name} pads by {module.padding_mode!r}"
+    if isinstance(module, nn.MaxPool2d) and (
+        not all(isinstance(v, int) for v in (module.kernel_size, module.stride, module.padding))
+        or module.dilation != 1
+        or module.ceil_mode
+        or module.return_indices
+    ):
+        return f"{name} is not a square max pool without dilation, ceil_mode and indices"
+    return None
+
+
+def same_padding(kernel_size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of Keras's 'same' at stride 1: k - 1 in all, the odd one after."""
+    (top, bottom), (left, right) = (((k - 1) // 2, k - 1 - (k - 1) // 2) for k in kernel_size)
+    return top, bottom, left, right
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a convolution, also where it says "same" or "valid"."""
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    if conv.padding == "same":
+        taps = tuple(
+            d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        )
+        return same_padding(taps)
+    height, width = conv.padding
+    assert isinstance(height, int) and isinstance(width, int)
+    return height, height, width, width
+
+
+@overload
+def apply_conv_bn(
+    input: Tensor | Deferred,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    *,
+    relu: bool = ...,
+    residual: Tensor | Deferred | None = ...,
+    padding: tuple[int, int, int, int] | None = ...,
+    emit: Literal[False] = ...,
+) -> Deferred: ...
+
+
+@overload
+def apply_conv_bn(
+    input: Tensor | Deferred,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    *,
+    relu: bool = ...,
+    residual: Tensor | Deferred | None = ...,
+    padding: tuple[int, int, int, int] | None = ...,
+    emit: Literal[True],
+) -> tuple[Deferred, Tensor]: ...
+
+
+def apply_conv_bn(
+    input: Tensor | Deferred,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    *,
+    relu: bool = True,
+    residual: Tensor | Deferred | None = None,
+    padding: tuple[int, int, int, int] | None = None,
+    emit: bool = False,
+) -> Deferred | tuple[Deferred, Tensor]:
+    """conv_bn with the parameters, statistics and mode of two modules, as if they had been called."""
+    counts = bn.training and bn.track_running_stats
+    momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+    if counts and bn.momentum is None and bn.num_batches_tracked is not None:
+        momentum = 1.0 / (bn.num_batches_tracked + 1.0)  # cumulative average, without leaving the device
+    uses_running = counts or not bn.training
+    result = conv_bn(
+        input,
+        conv.weight,
+        bn.weight,
+        bn.bias,
+        bn.running_mean if uses_running else None,
+        bn.running_var if uses_running else None,
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=padding_of(conv) if padding is None else padding,
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+        training=bn.training or bn.running_mean is None,
+        momentum=momentum,
+        eps=bn.eps,
+        residual=residual,
+        relu=relu,
+        emit=emit,  # type: ignore[call-overload]
+    )
+    if counts and bn.num_batches_tracked is not None:
+        with torch.no_grad():
+            bn.num_batches_tracked.add_(1)
+    return result  # type: ignore[no-any-return]

@@ -1,0 +1,69 @@
+"""report: which parts of a model are fused, by what, and why not where they are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fusedres import backends
+from fusedres.nn.blocks import FusedModule
+from fusedres.ops._contract import compute_dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """One convolution with its BatchNorm, or the stem's pooling."""
+
+    name: str
+    runs: str  # "fused" or "plain"
+    backend: str
+    plan: str
+    reason: str
+
+
+class Report(list[Row]):
+    """Rows of `report`; printing it gives the table."""
+
+    def __str__(self) -> str:
+        header = Row("layer", "runs", "backend", "plan", "why not faster")
+        table = [(r.name, r.runs, r.backend, r.plan, r.reason) for r in (header, *self)]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        lines = [
+            "  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4])).rstrip()
+            for row in table
+        ]
+        fused = sum(r.runs == "fused" for r in self)
+        return "\n".join([*lines, f"{fused} of {len(self)} layers fused"])
+
+
+def report(model: nn.Module) -> Report:
+    """What runs for each convolution and BatchNorm pair of a model, where it stands and as autocast is now.
+
+    Args:
+        model: any module; its fusedres blocks are listed.
+
+    Returns:
+        A printable list of rows (name, "fused" or "plain", backend, plan, reason).
+
+    Raises:
+        TypeError: model is no nn.Module.
+        RuntimeError: the backend asked for by name cannot serve the model's device or dtype.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
+    rows = Report()
+    for path, module in model.named_modules():
+        if not isinstance(module, FusedModule):
+            continue
+        reason = module.plain_reason()
+        for conv_name, conv, bn_name, _ in module.units():
+            name = f"{path}.{conv_name}".lstrip(".") + f" + {bn_name}"
+            weight = getattr(conv, "weight", None)
+            if reason is not None or weight is None:
+                rows.append(Row(name, "plain", "torch", "-", reason or ""))
+                continue
+            choice = backends.choose("conv_bn", weight.device.type, compute_dtype(weight))
+            runs = "plain" if choice.backend == "reference" else "fused"
+            rows.append(Row(name, runs, choice.backend, choice.plan, choice.reason))
+    return rows

@@ -1,0 +1,231 @@
+"""The checks every op makes before anything runs, and the dtype, format and running-statistics rules they share.
+
+A check that fails raises TypeError (what a thing is: type, dtype, layout) or ValueError (its value: shape,
+device, range) and names the op, the argument, what came and what is accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres._tensors import elements_per_channel, stat_dtype
+from fusedres.deferred import Deferred
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+library = torch.library.Library("fusedres", "FRAGMENT")
+
+
+class BatchNorm(NamedTuple):
+    """BatchNorm's arguments, checked: vectors [K], and what the statistics come from."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float | Tensor
+    eps: float
+
+
+def check_tensor(op: str, name: str, value: object, ndim: int | None = 4) -> Tensor:
+    """A dense floating-point tensor of `ndim` dimensions (None: any)."""
+    if not isinstance(value, Tensor):
+        accepted = "a Tensor or a Deferred" if name == "input" else "a Tensor"
+        raise TypeError(f"{op}: {name} must be {accepted}, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be dense (torch.strided), got layout {value.layout}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}"
+        )
+    if ndim is not None and value.dim() != ndim:
+        shape = "[N, C, H, W]" if ndim == 4 else f"{ndim}-dimensional"
+        raise ValueError(f"{op}: {name} must be {shape}, got shape {list(value.shape)}")
+    return value
+
+
+def check_same_device(op: str, name: str, value: Tensor, other: Tensor, other_name: str) -> None:
+    """Both on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{op}: {name} is on {value.device}, {other_name} on {other.device}; move one of them"
+        )
+
+
+def check_vector(op: str, name: str, value: object, channels: int, x: Tensor) -> Tensor | None:
+    """None, or a floating-point [channels] tensor on x's device."""
+    if value is None:
+        return None
+    vector = check_tensor(op, name, value, ndim=1)
+    if vector.size(0) != channels:
+        raise ValueError(f"{op}: {name} must have shape [{channels}], got {list(vector.shape)}")
+    check_same_device(op, name, vector, x, "the activation")
+    return vector
+
+
+def check_bool(op: str, name: str, value: object) -> bool:
+    """A plain bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def check_int(op: str, name: str, value: object, minimum: int) -> int:
+    """An int of at least `minimum`."""
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_pair(op: str, name: str, value: object, minimum: int) -> tuple[int, int]:
+    """An int for both dimensions, or a pair (height, width)."""
+    if isinstance(value, tuple | list):
+        if len(value) != 2:
+            raise ValueError(f"{op}: {name} must be an int or a pair, got {value!r}")
+        return check_int(op, name, value[0], minimum), check_int(op, name, value[1], minimum)
+    both = check_int(op, name, value, minimum)
+    return both, both
+
+
+def check_batch_norm(
+    op: str,
+    x: Tensor,
+    channels: int,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    training: object,
+    momentum: object,
+    eps: object,
+) -> BatchNorm:
+    """BatchNorm's arguments for an output of `channels` channels beside activation x."""
+    mean = check_vector(op, "running_mean", running_mean, channels, x)
+    var = check_vector(op, "running_var", running_var, channels, x)
+    if (mean is None) != (var is None):
+        raise ValueError(f"{op}: running_mean and running_var must be given together, or neither")
+    if not check_bool(op, "training", training) and mean is None:
+        raise ValueError(f"{op}: training=False needs running_mean and running_var, got None")
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0:
+            raise ValueError(f"{op}: momentum must be a number or a 0-d tensor, got shape "
+                             f"{list(momentum.shape)}")
+    elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
+        raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
+    elif not math.isfinite(momentum):
+        raise ValueError(f"{op}: momentum must be finite, got {momentum}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+    return BatchNorm(
+        check_vector(op, "bn_weight", weight, channels, x),
+        check_vector(op, "bn_bias", bias, channels, x),
+        mean,
+        var,
+        bool(training),
+        momentum,
+        float(eps),
+    )
+
+
+def check_deferred(op: str, name: str, d: Deferred) -> None:
+    """The fields of a Deferred fit together."""
+    y = check_tensor(op, f"{name}.y", d.y)
+    for field, vector in (("mean", d.mean), ("scale", d.scale), ("bias", d.bias)):
+        label = f"{name}.{field}"
+        if check_vector(op, label, vector, y.size(1), y) is None:
+            raise TypeError(f"{op}: {label} must be a Tensor, got None")
+        if vector.dtype != stat_dtype(y.dtype):
+            raise TypeError(
+                f"{op}: {label} must be {stat_dtype(y.dtype)} beside {y.dtype}, got {vector.dtype}"
+            )
+    check_residual(op, f"{name}.residual", d.residual, y, tuple(y.shape), y.dtype)
+
+
+def check_residual(
+    op: str, name: str, residual: object, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """None, or what can join a value of this shape and dtype on x's device."""
+    if residual is None:
+        return
+    if isinstance(residual, Deferred):
+        if residual.relu or residual.residual is not None:
+            raise ValueError(
+                f"{op}: {name} is a Deferred with "
+                f"{'a ReLU' if residual.relu else 'a residual of its own'}; "
+                "only one without either joins, pass its .value() instead"
+            )
+        check_deferred(op, name, residual)
+        r = residual.y
+    else:
+        r = check_tensor(op, name, residual, len(shape))
+    if tuple(r.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(r.shape)}")
+    if r.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype} as what it is added to, got {r.dtype}")
+    check_same_device(op, name, r, x, "what it is added to")
+
+
+def check_join(
+    op: str, residual: object, x: Tensor, shape: tuple[int, ...]
+) -> Tensor | Deferred | None:
+    """An op's residual argument, cast where autocast is on, against the output shape it is to join."""
+    if isinstance(residual, Tensor) and autocast_on(x) and residual.is_floating_point():
+        residual = residual.to(compute_dtype(residual))
+    check_residual(op, "residual", residual, x, shape, compute_dtype(x))
+    return residual  # type: ignore[return-value]
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A scope in which torch computes in the dtypes it is given: the op has already cast."""
+    if autocast_on(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype an op computes in: autocast's where it is on (float64 excepted, as in torch), else x's own."""
+    if x.dtype != torch.float64 and autocast_on(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def check_count(op: str, y_shape: tuple[int, ...], training: bool) -> None:
+    """Batch statistics need more than one value per channel, as in torch."""
+    if training and y_shape[0] * y_shape[2] * y_shape[3] == 1:
+        raise ValueError(
+            f"{op}: expected more than 1 value per channel when training, got an output of shape "
+            f"{list(y_shape)}"
+        )
+
+
+@torch.no_grad()
+def update_running(bn: BatchNorm, mean: Tensor, var: Tensor, y: Tensor) -> None:
+    """Move the running statistics towards this batch's mean and unbiased var, in place, on the device."""
+    count = elements_per_channel(y)
+    if not bn.training or bn.running_mean is None or bn.running_var is None or count == 0:
+        return
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
+        momentum = bn.momentum
+        if isinstance(momentum, Tensor):
+            momentum = momentum.to(running.dtype)
+        running.lerp_(new.to(running.dtype), momentum)
+
+
+def dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """x stored densely in `memory_format` (differentiable; x itself where it is already)."""
+    return x.contiguous(memory_format=memory_format)

@@ -1,0 +1,32 @@
+"""The installed package is what is tested, never an unbuilt source folder that happens to be on the path."""
+
+from pathlib import Path
+
+import fusedres
+import pytest
+import torch
+
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    package = Path(fusedres.__file__).resolve().parent
+    if package.parent == SOURCE and not list(package.glob("_C*.so")):
+        raise pytest.UsageError(
+            f"fusedres was imported from the source folder {package}, where it is not built; "
+            'run `pip install ".[test]" && pytest` (not `python -m pytest`), or `pip install -e .`'
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
