@@ -22,6 +22,7 @@ from fusedres.testing import (
     eager_batch_norm,
     gradcheck,
     norm_arguments,
+    run,
     serves,
     serving_backends,
 )
@@ -170,3 +171,266 @@ def test_half_types_masks(source: str, dtype: torch.dtype, backend: str) -> None
 )
 def test_gradcheck(chain: Chain, backend: str) -> None:
     gradcheck(chain, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("emit", [False, True])
+def test_empty_batch(backend: str, emit: bool) -> None:
+    chain = Chain("deferred_residual", (0, 8, 5, 5), emit=emit)
+    t = chain.inputs(Maker(torch.float32))
+    before = t["n.running_mean"].clone()
+    with use_backend(backend):
+        outputs = chain.ours(t)
+        sum(out.sum() for out in outputs.values()).backward()  # type: ignore[union-attr]
+    assert outputs["value"].shape == (0, 6, 5, 5)
+    assert torch.equal(t["n.running_mean"], before)
+    for name, x in t.items():
+        if x.requires_grad:
+            assert x.grad is not None and x.grad.shape == x.shape and not x.grad.any(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
+def test_non_contiguous_inputs_and_gradients(backend: str, how: str) -> None:
+    def view(x: Tensor) -> Tensor:
+        if how == "transposed":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        if how == "sliced":
+            return torch.cat([x, x], 1)[:, : x.size(1)]
+        return x[:1].expand_as(x)
+
+    @dataclass(frozen=True)
+    class Viewed(Chain):
+        def ours(self, t: Inputs) -> Outputs:
+            viewed = {k: view(x) if x.dim() == 4 and k in "xr" else x for k, x in t.items()}
+            # the gradients that arrive at value and emitted are strided as the views are
+            return {k: view(x) for k, x in super().ours(viewed).items()}
+
+        def eager(self, t: Inputs) -> Outputs:
+            viewed = {k: view(x) if x.dim() == 4 and k in "xr" else x for k, x in t.items()}
+            return {k: view(x) for k, x in super().eager(viewed).items()}
+
+    check_case(Viewed("deferred_residual", emit=True), backend, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_readers_of_one_deferred(backend: str) -> None:
+    @dataclass(frozen=True)
+    class Forked(Chain):
+        def ours(self, t: Inputs) -> Outputs:
+            h = conv_bn(t["x"], t["w0"], *norm_arguments(t, "n0"))
+            k = conv_bn(h, t["w"], *norm_arguments(t, "n"))
+            return {"value": k.value(), "source": h.value()}
+
+        def eager(self, t: Inputs) -> Outputs:
+            a = eager_batch_norm(F.conv2d(t["x"], t["w0"]), t, "n0", True).relu()
+            value = eager_batch_norm(F.conv2d(a, t["w"]), t, "n", True).relu()
+            return {"value": value, "source": a}
+
+    check_case(Forked(), backend, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_output(backend: str, value: float) -> None:
+    t = Chain("tensor").inputs(Maker(torch.float32))
+    with torch.no_grad():
+        t["x"][0, 0, 0, 0] = value
+    with use_backend(backend):
+        out = Chain("tensor").ours(t)["value"]
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_deterministic(backend: str) -> None:
+    chain = Chain("deferred_residual", (8, 16, 14, 14), 16, kernel=3, padding=1)
+    with use_backend(backend):
+        first, second = (
+            chain.ours(chain.inputs(Maker(torch.float32)))["value"] for _ in range(2)
+        )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+@pytest.mark.parametrize("emit", [False, True])
+def test_saves_what_the_design_lists(backend: str, emit: bool) -> None:
+    chain = Chain("tensor_residual", (4, 8, 8, 8), 8, emit=emit)
+    t = chain.inputs(Maker(torch.float32))
+    with use_backend(backend):
+        d = conv_bn(t["x"], t["w0"], *norm_arguments(t, "n0"), residual=t["r"])
+        saved: list[Tensor] = []
+
+        def pack(x: Tensor) -> Tensor:
+            saved.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = conv_bn(d, t["w"], *norm_arguments(t, "n"), emit=emit)
+    storages = {s.data_ptr() for s in saved if s.dim() == 4}
+    h, a = result if emit else (result, None)
+    kept = [d.y, h.y, t["w"], a if a is not None else t["r"]]
+    assert storages == {x.data_ptr() for x in kept}  # a or the residual, never both
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_frozen_parts_get_no_gradient(backend: str) -> None:
+    for frozen in ("x", "w", "n.weight", "n.bias"):
+        t = Chain("tensor").inputs(Maker(torch.float32))
+        t[frozen].requires_grad_(False)
+        with use_backend(backend):
+            Chain("tensor").ours(t)["value"].sum().backward()
+        for name, x in t.items():
+            assert (x.grad is not None) == x.requires_grad, (frozen, name)
+
+
+def test_weight_gradient_in_the_parameters_dtype_and_strides() -> None:
+    w = torch.randn(8, 4, 3, 3).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    x = torch.randn(2, 4, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        d = conv_bn(x, w, torch.ones(8), torch.zeros(8))
+    assert d.y.dtype == torch.bfloat16 and d.mean.dtype == torch.float32
+    d.value().sum().backward()
+    assert w.grad is not None
+    assert w.grad.dtype == torch.float32 and w.grad.stride() == w.stride()
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_gradient_of_y_alone_is_refused(backend: str) -> None:
+    t = Chain("tensor").inputs(Maker(torch.float32))
+    with use_backend(backend):
+        d = conv_bn(t["x"], t["w"], *norm_arguments(t, "n"))
+    with pytest.raises(RuntimeError, match=r"Deferred\.y without its sums"):
+        d.y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_backends_may_meet(backend: str) -> None:
+    chain, t = Chain("none"), Chain("none").inputs(Maker(torch.float64))
+    eager = dict(run(chain.eager, chain.inputs(Maker(torch.float64))))
+    with use_backend("reference"):
+        d = conv_bn(t["x"], t["w0"], *norm_arguments(t, "n0"))
+    with use_backend(backend):
+        value = conv_bn(d, t["w"], *norm_arguments(t, "n")).value()
+    for name, result in run(lambda _: {"value": value}, t):
+        torch.testing.assert_close(result, eager[name], rtol=1e-9, atol=1e-9)
+
+    with use_backend(backend):
+        d = conv_bn(t["x"], t["w0"], *norm_arguments(t, "n0"))
+    with use_backend("reference"), pytest.raises(RuntimeError, match="ordinary autograd"):
+        conv_bn(d, t["w"], *norm_arguments(t, "n"))
+    with use_backend("reference"), torch.no_grad():
+        d = Deferred(d.y.detach(), d.mean, d.scale, d.bias)
+        assert bn_act(d).shape == d.shape
+
+
+def test_double_backward_is_refused() -> None:
+    t = Chain("tensor").inputs(Maker(torch.float32))
+    with use_backend("auto"):
+        value = Chain("tensor").ours(t)["value"]
+    (g,) = torch.autograd.grad(value.square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+@pytest.mark.parametrize("emit", [False, True])
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=["nchw", "nhwc"])
+def test_opcheck(backend: str, emit: bool, memory_format: torch.memory_format) -> None:
+    make = Maker(torch.float32, memory_format)
+    x, r = make.activation(2, 4, 5, 5, grad=False), make.activation(2, 4, 5, 5, grad=False)
+    vectors = [torch.rand(4) for _ in range(6)]
+    w = make.weight(6, 4, 1, 1).detach()
+    source = (x, *vectors[:3], r, *vectors[3:], True)
+    conv = (w, (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    bn = (torch.rand(6), None, None, True, 1e-5)
+    forward = (*source, *conv, emit, *bn, backend, "split")
+    torch.library.opcheck(torch.ops.fusedres.conv_bn_fwd, forward)
+    y, mean, _, rstd, scale, a = torch.ops.fusedres.conv_bn_fwd(*forward)
+    upstream = (torch.randn_like(y), torch.randn(2, 6), torch.randn_like(x) if emit else None)
+    backward = (
+        *source, *conv, a if emit else None, *upstream, y, mean, scale, rstd, True, True, True,
+        backend, "split",
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fusedres.conv_bn_bwd, backward)
+
+
+X, W = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
+V = torch.ones(6)
+
+
+def _deferred(**changes: Any) -> Deferred:
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    fields: dict[str, Any] = {"y": X, "mean": zeros, "scale": ones, "bias": zeros}
+    return Deferred(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((None, W), {}, TypeError, "input must be a Tensor or a Deferred, got NoneType"),
+        ((X[0], W), {}, ValueError, r"input must be \[N, C, H, W\], got shape \[4, 5, 5\]"),
+        ((X.int(), W), {}, TypeError, "input must be float32.*got torch.int32"),
+        ((X.to_sparse(), W), {}, TypeError, "input must be dense"),
+        ((X.to(torch.complex64), W), {}, TypeError, "input must be float32"),
+        ((X, W.double()), {}, TypeError, "weight must be torch.float32.*got torch.float64"),
+        ((X, W[:, :3]), {}, ValueError, "weight has 3 input channels.*the activation has 4"),
+        ((X, W[0]), {}, ValueError, "weight must be"),
+        ((X, W.to("meta")), {}, ValueError, "weight is on meta"),
+        ((X, W[:0]), {}, ValueError, "weight must not be empty"),
+        ((X, W, V[:5]), {}, ValueError, r"bn_weight must have shape \[6\], got \[5\]"),
+        ((X, W, V, V[:5]), {}, ValueError, r"bn_bias must have shape \[6\]"),
+        ((X, W, V, V, V), {}, ValueError, "running_mean and running_var must be given together"),
+        ((X, W, V, V, V[:5], V), {}, ValueError, "running_mean must have shape"),
+        ((X, W, V, V, V, V[:5]), {}, ValueError, "running_var must have shape"),
+        ((X, W, V, V), {"training": False}, ValueError, "training=False needs running_mean"),
+        ((X, W), {"training": 1}, TypeError, "training must be a bool"),
+        ((X, W), {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ((X, W), {"stride": (1, 2, 3)}, ValueError, "stride must be an int or a pair"),
+        ((X, W), {"stride": 1.5}, TypeError, "stride must be an int"),
+        ((X, W), {"padding": -1}, ValueError, "padding must be at least 0"),
+        ((X, W), {"dilation": 0}, ValueError, "dilation must be at least 1"),
+        ((X, W), {"dilation": 3}, ValueError, "kernel.*does not fit the padded input"),
+        ((X, W), {"groups": 2}, ValueError, "weight has 4 input channels in each of 2 groups"),
+        ((X, W[:5, :1]), {"groups": 4}, ValueError, "groups must divide"),
+        ((X, W), {"momentum": "a"}, TypeError, "momentum must be a number"),
+        ((X, W), {"momentum": float("nan")}, ValueError, "momentum must be finite"),
+        ((X, W), {"momentum": V}, ValueError, "momentum must be a number or a 0-d tensor"),
+        ((X, W), {"eps": -1.0}, ValueError, "eps must be finite and not negative"),
+        ((X, W), {"eps": None}, TypeError, "eps must be a number"),
+        ((X, W), {"relu": None}, TypeError, "relu must be a bool"),
+        ((X, W), {"emit": 1}, TypeError, "emit must be a bool"),
+        ((X, W), {"residual": X}, ValueError, r"residual must have shape \[2, 6, 3, 3\]"),
+        ((X, W), {"residual": 3}, TypeError, "residual must be a Tensor"),
+        ((X[:1, :, :3, :3], W), {}, ValueError, "more than 1 value per channel"),
+        ((_deferred(), W), {"emit": True}, ValueError, "emit of a Deferred needs a 1x1 kernel"),
+        ((_deferred(mean=V), W), {}, ValueError, r"input.mean must have shape \[4\]"),
+        ((_deferred(scale=None), W), {}, TypeError, "input.scale must be a Tensor, got None"),
+        ((_deferred(bias=V[:4].double()), W), {}, TypeError, "input.bias must be torch.float32"),
+        ((_deferred(residual=X[:1]), W), {}, ValueError, "input.residual must have shape"),
+        ((_deferred(residual=X.double()), W), {}, TypeError, "input.residual must be torch.float32"),
+        ((_deferred(residual=_deferred()), W), {}, ValueError, "a Deferred with a ReLU"),
+        (
+            (_deferred(residual=_deferred(relu=False, residual=X)), W),
+            {},
+            ValueError,
+            "a residual of its own",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"conv_bn: .*{message}"):
+        conv_bn(*arguments, **options)
+
+
+def test_nothing_is_written_before_an_error() -> None:
+    running = [torch.zeros(6), torch.ones(6)]
+    with pytest.raises(ValueError, match="residual"):
+        conv_bn(X, W, V, V, *running, residual=X)
+    assert not running[0].any() and (running[1] == 1).all()
+
+
+def test_a_plan_that_is_not_there_is_refused() -> None:
+    with use_plan("fused"), pytest.raises(RuntimeError, match="no 'fused' plan"):
+        conv_bn(X, W)

@@ -72,6 +72,10 @@ class FusedModule(nn.Module):
     def _forward_plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _plain_relu(self, x: Tensor) -> Tensor:
+        """In place, as torchvision has it, unless a hook on a child may want what it saw."""
+        return F.relu(x, inplace=not self.fused)
+
 
 class ConvBNReLU(FusedModule):
     """Convolution, BatchNorm and (unless relu=False) ReLU. Children: conv, bn; the convolution has no bias.
@@ -105,7 +109,7 @@ class ConvBNReLU(FusedModule):
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn(self.conv(x))
-        return out.relu() if self.relu else out
+        return self._plain_relu(out) if self.relu else out
 
 
 class _ResidualBlock(FusedModule):
@@ -163,9 +167,10 @@ class _ResidualBlock(FusedModule):
                 h = F.pad(h, (left, right, top, bottom))
             h = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(h))
             if i < self.depth:
-                h = h.relu()
+                h = self._plain_relu(h)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return (h + shortcut).relu()
+        h = h + shortcut if self.fused else h.add_(shortcut)
+        return self._plain_relu(h)
 
 
 class _Bottleneck(_ResidualBlock):
