@@ -7,6 +7,7 @@ FUSEDRES_DEBUG       1: line information and debug symbols
 CXX                  the C++ compiler
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -65,8 +66,8 @@ def find_nvcc(build: Path) -> Path | None:
     nvcc = (home and shutil.which("nvcc", path=Path(home, "bin"))) or shutil.which("nvcc")
     if CUDA == "1" and not nvcc:
         sys.exit(
-            "fusedres: FUSEDRES_CUDA=1, but there is no nvcc in CUDA_HOME or on PATH. Set CUDA_HOME, "
-            "or take nvcc from pip wheels with FUSEDRES_CUDA=wheel"
+            "fusedres: FUSEDRES_CUDA=1, but there is no nvcc in CUDA_HOME or on PATH. Set "
+            "CUDA_HOME, or take nvcc from pip wheels with FUSEDRES_CUDA=wheel"
         )
     return Path(nvcc) if nvcc else None
 
@@ -82,8 +83,8 @@ def choose_archs(nvcc: Path) -> list[str]:
     known = {code.removeprefix("sm_") for code in output_of(nvcc, "--list-gpu-code").split()}
     asked = os.environ.get("FUSEDRES_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
     archs = [arch for arch in asked.split(";") if arch]
-    unknown = [a for a in archs or DEFAULT_ARCHS if a.rstrip("af") not in known]
-    names = f"{', '.join(unknown)} (known: {', '.join(sorted(known, key=int))})"
+    unknown = [a for a in archs or DEFAULT_ARCHS if a.rstrip("af") not in known]  # 90a, 100f
+    names = f"{', '.join(unknown)} (known: {' '.join(sorted(known, key=lambda a: (len(a), a)))})"
     if unknown and archs:
         sys.exit(f"fusedres: FUSEDRES_CUDA_ARCHS={asked!r}: {nvcc} does not know {names}")
     if unknown:
@@ -95,7 +96,9 @@ def toolkit_file(nvcc: Path, name: str) -> Path:
     """A header or library of nvcc's own toolkit, wherever wheels, distributions or conda put it."""
     settings = output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
     top = Path(next(s for s in settings.splitlines() if s.startswith("#$ TOP=")).partition("=")[2])
-    for folder in (d for pattern in ("include", "lib*", "targets/*/*") for d in top.glob(pattern)):
+    folders = [d for pattern in ("include", "lib*", "targets/*/*") for d in top.glob(pattern)]
+    debian = [Path("/usr/include"), Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "")]
+    for folder in folders + debian:
         if (folder / name).exists():
             return folder / name
     sys.exit(f"fusedres: {nvcc} works, but its toolkit in {top} has no {name}")
@@ -108,22 +111,20 @@ class NinjaBuild(build_ext):
         cxx = shlex.split(os.environ.get("CXX") or "g++")
         if not shutil.which(cxx[0]):
             sys.exit(
-                f"fusedres: no C++ compiler ({cxx[0]} not found). Install one with `apt-get install "
-                "g++` or `dnf install gcc-c++`, or name yours in CXX"
+                f"fusedres: no C++ compiler ({cxx[0]} not found). Install one with "
+                "`apt-get install g++` or `dnf install gcc-c++`, or name yours in CXX"
             )
-        try:
-            import ninja
-            import pybind11
-        except ImportError as error:
-            sys.exit(f"fusedres: building needs {error.name}: `pip install {error.name}`")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        ninja = shutil.which("ninja", path=path)
+        if not (ninja and importlib.util.find_spec("pybind11")):
+            sys.exit("fusedres: without build isolation, first `pip install ninja pybind11`")
+        import pybind11
 
-        build = Path("build", "fusedres" + sysconfig.get_config_var("EXT_SUFFIX"))
+        build = Path("build", f"ninja-{sysconfig.get_config_var('SOABI')}")
         build.mkdir(parents=True, exist_ok=True)
         module = build / "_C.so"
         (build / "build.ninja").write_text(self.rules(build, module, cxx, pybind11.get_include()))
-        jobs = [f"-j{self.parallel}"] if self.parallel else []
-        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(build / "build.ninja"), *jobs]
-        if subprocess.run(command).returncode:
+        if subprocess.run([ninja, "-f", str(build / "build.ninja")]).returncode:
             sys.exit("fusedres: compiling csrc/ failed, see above")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,22 +132,26 @@ class NinjaBuild(build_ext):
 
     def rules(self, build: Path, module: Path, cxx: list[str], pybind11_include: str) -> str:
         common = ["-std=c++17", "-O3", "-Icsrc", "-Icsrc/include", *(["-g"] if DEBUG else [])]
-        host = ["-fPIC", "-fvisibility=hidden", "-fopenmp"]
+        # No kernel looks at floating-point exception flags; kept, they would forbid vector selects.
+        host = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-trapping-math"]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
-        cuda, libs = [], []
+        cuda, libs, archs = [], [], []
         if nvcc := find_nvcc(build):
             archs = choose_archs(nvcc)
-            host_cxx = [w for w in cxx if Path(w).name not in ("ccache", "sccache", "distcc")][0]
+            host_cxx = next(w for w in cxx if Path(w).name not in ("ccache", "sccache", "distcc"))
             cuda = [*common, "-ccbin", host_cxx, "-Xcompiler=-fPIC,-fvisibility=hidden"]
             cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             # PTX of the newest for GPUs to come; an architecture-specific one (90a) has no future.
-            cuda += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs if a.isdigit()][-1:]
+            newest = [f"compute_{a}" for a in archs if a.isdigit()][-1:]
+            cuda += [f"-gencode=arch={a},code={a}" for a in newest]
             cuda += ["-DFUSEDRES_WITH_CUDA", "-lineinfo" if DEBUG else ""]
             include = toolkit_file(nvcc, "cuda_runtime_api.h").parent
             define = f'-DFUSEDRES_CUDA_ARCHS="{";".join(archs)}"'
             python += ["-DFUSEDRES_WITH_CUDA", define, "-isystem", str(include)]
             libs = [str(toolkit_file(nvcc, "libcudart_static.a")), "-ldl", "-lrt", "-lpthread"]
-        print(f"fusedres: CUDA kernels: {f'{nvcc}, sm_' + ' sm_'.join(archs) if nvcc else 'none'}")
+        print(
+            "fusedres: CUDA kernels:", f"{nvcc} {' '.join(archs)}" if nvcc else "none", flush=True
+        )
 
         def line(*words: object) -> str:
             return " ".join(shlex.quote(str(w)) for w in words if w).replace("$", "$$")
@@ -175,7 +180,7 @@ rule link
 
 SOURCES = sorted(p for p in Path("csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
 if not LINUX:
-    print(f"fusedres: no extension on {platform.system()}; the reference path (PyTorch) serves there")
+    print(f"fusedres: no extension on {platform.system()}: the reference path in PyTorch serves")
 setup(
     ext_modules=[Extension("fusedres._C", [str(s) for s in SOURCES])] if LINUX else [],
     cmdclass={"build_ext": NinjaBuild},

@@ -1,6 +1,7 @@
 // fusedres._C: the only file that knows Python. Pointers arrive as integers (0 is null) and are
-// trusted: shapes, dtypes, devices and layouts were checked by the caller. The GIL is released while
-// a kernel runs; a CUDA launch that fails throws with the op's name and its launch configuration.
+// trusted: shapes, dtypes, devices and layouts were checked by the caller. The GIL is released
+// while a kernel runs; a CUDA launch that fails throws with the op's name and its launch
+// configuration.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -49,9 +50,8 @@ void throw_on_error(const char* op, cudaError_t status, const CudaTarget& target
   if (status == cudaSuccess) return;
   std::ostringstream message;
   message << op << ": " << cudaGetErrorString(status) << " (" << cudaGetErrorName(status)
-          << "), launched on device " << target.device << " with " << config.blocks
-          << " blocks of " << config.threads << " threads, " << config.vector
-          << " elements per load";
+          << "), launched on device " << target.device << " with " << config.blocks << " blocks of "
+          << config.threads << " threads, " << config.vector << " elements per load";
   throw std::runtime_error(message.str());
 }
 
@@ -121,9 +121,9 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "bn_act_fwd",
-      [](int dtype, const Sizes& sizes, int layout, int threads, bool relu, Address y,
-         Address mean, Address scale, Address bias, Address residual, Address res_mean,
-         Address res_scale, Address res_bias, Address a) {
+      [](int dtype, const Sizes& sizes, int layout, int threads, bool relu, Address y, Address mean,
+         Address scale, Address bias, Address residual, Address res_mean, Address res_scale,
+         Address res_bias, Address a) {
         launch_bn_act_fwd({static_cast<DType>(dtype), shape_of(sizes, layout), threads, relu,
                            pointer(y), pointer(mean), pointer(scale), pointer(bias),
                            pointer(residual), pointer(res_mean), pointer(res_scale),
@@ -142,8 +142,8 @@ void bind_cpu(py::module_& m) {
                            pointer(mean), pointer(res_y), pointer(res_mean), pointer(g),
                            pointer(sums), pointer(res_sums), pointer<double>(workspace)});
       },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "grad"_a, "grad_extra"_a, "a"_a,
-      "y"_a, "mean"_a, "res_y"_a, "res_mean"_a, "g"_a, "sums"_a, "res_sums"_a, "workspace"_a);
+      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "grad"_a, "grad_extra"_a, "a"_a, "y"_a,
+      "mean"_a, "res_y"_a, "res_mean"_a, "g"_a, "sums"_a, "res_sums"_a, "workspace"_a);
 
   m.def(
       "bn_relu_maxpool_fwd",
@@ -165,8 +165,8 @@ void bind_cpu(py::module_& m) {
   m.def(
       "bn_relu_maxpool_bwd",
       [](int dtype, const Sizes& sizes, int layout, int threads, int kernel_size, int stride,
-         int padding, Address grad, Address y, Address mean, Address scale, Address bias,
-         Address g, Address sums, Address winners, Address workspace) {
+         int padding, Address grad, Address y, Address mean, Address scale, Address bias, Address g,
+         Address sums, Address winners, Address workspace) {
         launch_bn_relu_maxpool_bwd({static_cast<DType>(dtype),
                                     shape_of(sizes, layout),
                                     {kernel_size, stride, padding},
@@ -188,18 +188,17 @@ void bind_cpu(py::module_& m) {
   m.def(
       "add_relu_fwd",
       [](int dtype, int64_t numel, int threads, Address x, Address residual, Address out) {
-        launch_add_relu_fwd({static_cast<DType>(dtype), numel, pointer(x), pointer(residual),
-                             pointer(out)},
-                            threads);
+        launch_add_relu_fwd(
+            {static_cast<DType>(dtype), numel, pointer(x), pointer(residual), pointer(out)},
+            threads);
       },
       no_gil, "dtype"_a, "numel"_a, "threads"_a, "x"_a, "residual"_a, "out"_a);
 
   m.def(
       "add_relu_bwd",
       [](int dtype, int64_t numel, int threads, Address grad, Address out, Address dx) {
-        launch_add_relu_bwd({static_cast<DType>(dtype), numel, pointer(grad), pointer(out),
-                             pointer(dx)},
-                            threads);
+        launch_add_relu_bwd(
+            {static_cast<DType>(dtype), numel, pointer(grad), pointer(out), pointer(dx)}, threads);
       },
       no_gil, "dtype"_a, "numel"_a, "threads"_a, "grad"_a, "out"_a, "dx"_a);
 }

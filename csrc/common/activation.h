@@ -1,6 +1,8 @@
-// ReLU and its mask, on the host and on the device. Both comparisons are false for NaN, which
-// therefore passes through, as it does in torch.relu and its backward.
+// ReLU and its backward are one gate, on the host and on the device.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define FUSEDRES_HOST_DEVICE __host__ __device__ __forceinline__
@@ -10,15 +12,31 @@
 
 namespace fusedres {
 
-template <class Acc>
-FUSEDRES_HOST_DEVICE Acc relu(Acc u) {
-  return u <= Acc(0) ? Acc(0) : u;
+// By a mask on the bits: from a conditional, g++ makes a branch in the hottest loops, which then
+// neither vectorise nor predict.
+FUSEDRES_HOST_DEVICE float zero_if(bool condition, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits &= static_cast<uint32_t>(condition) - 1u;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
 }
 
-// Gradient of the input of a ReLU whose output is a.
-template <class Acc>
-FUSEDRES_HOST_DEVICE Acc relu_bwd(Acc a, Acc grad) {
-  return a <= Acc(0) ? Acc(0) : grad;
+FUSEDRES_HOST_DEVICE double zero_if(bool condition, double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits &= static_cast<uint64_t>(condition) - 1u;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// `value` where ReLU lets it pass: forward u itself, backward the gradient, with u or the output as
+// `decider`. The comparison is false for NaN, which therefore passes, as it does in torch.
+// Round before the gate, not after it: the result is the same, and the rounding of a constant zero
+// is no path of its own.
+template <class Acc, class T>
+FUSEDRES_HOST_DEVICE T relu_gate(Acc decider, T value) {
+  return zero_if(decider <= Acc(0), value);
 }
 
 }  // namespace fusedres

@@ -25,8 +25,7 @@ void dispatch(DType dtype, const F& f) {
     case DType::kFloat64:
       return f(Tag<double>{});
     case DType::kFloat16:
-      throw std::invalid_argument(
-          "float16 has no CPU kernels; float32, bfloat16 and float64 do");
+      throw std::invalid_argument("float16 has no CPU kernels; float32, bfloat16 and float64 do");
   }
   throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
 }

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/activation.h"
+
 namespace fusedres {
 
 // Plain integer arithmetic, so that loops over it vectorise on any CPU.
@@ -37,6 +39,10 @@ inline BFloat16 from_acc<BFloat16>(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+
+inline BFloat16 zero_if(bool condition, BFloat16 x) {
+  return {static_cast<uint16_t>(x.bits & (static_cast<uint32_t>(condition) - 1u))};
 }
 
 }  // namespace fusedres

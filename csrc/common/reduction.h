@@ -1,8 +1,8 @@
 // Per-channel sums and moments on the CPU, in two stages without atomics.
 //
-// Stage 1 cuts the tensor into items (NHWC: a block of pixels times up to kTile channels; NCHW: one
-// plane), walks each item in chunks that fit the L2 cache, sums a chunk in the accumulation type and
-// chunks in double, and writes one row of partials per block. Stage 2 merges the rows of each
+// Stage 1 cuts the tensor into items (NHWC: a block of pixels, kTile channels at most; NCHW: one
+// plane), walks each item in chunks that fit the L2 cache, sums a chunk in the accumulation type
+// and chunks in double, and writes one row of partials per block. Stage 2 merges the rows of each
 // channel in order. A block has at least 64 pixels, so partials stay small beside the tensor.
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace fusedres {
 
-constexpr int64_t kTile = 256;  // channels per item: their accumulators stay in the L1 cache
+constexpr int64_t kTile = 1024;  // channels per item: their accumulators stay in the L1 cache
 
 // Pixels [row, row + rows), counted through N, H, W, of channels [channel, channel + channels).
 struct Tile {
@@ -48,7 +48,8 @@ void for_each_item(const Shape& shape, int threads, const Body& body) {
 
 template <class Body>
 void for_each_chunk(const Shape& shape, const Tile& tile, const Body& body) {
-  const int64_t step = shape.channels_inner() ? 64 : 4096;
+  const int64_t pixels = (1 << 15) / tile.channels;
+  const int64_t step = shape.channels_inner() ? std::clamp<int64_t>(pixels, 32, 64) : 4096;
   for (int64_t done = 0; done < tile.rows; done += step) {
     body(Tile{tile.row + done, std::min(step, tile.rows - done), tile.channel, tile.channels});
   }
@@ -59,21 +60,7 @@ template <int kSums, class Acc, class F>
 void add_tile(const Shape& shape, const Tile& tile, const F& f, Acc (&sums)[kSums][kTile]) {
   const int64_t channels = shape.c, end = tile.row + tile.rows;
   if (shape.channels_inner()) {
-    int64_t row = tile.row;
-    // Four pixels at a time: a quarter of the traffic to the accumulators.
-    for (; row + 4 <= end; row += 4) {
-      const int64_t offset = row * channels + tile.channel;
-#pragma omp simd
-      for (int64_t i = 0; i < tile.channels; ++i) {
-        const int64_t c = tile.channel + i;
-        const Terms<Acc> t0 = f(offset + i, c), t1 = f(offset + channels + i, c);
-        const Terms<Acc> t2 = f(offset + 2 * channels + i, c), t3 = f(offset + 3 * channels + i, c);
-        sums[0][i] += (t0.first + t1.first) + (t2.first + t3.first);
-        if constexpr (kSums > 1) sums[1][i] += (t0.second + t1.second) + (t2.second + t3.second);
-        if constexpr (kSums > 2) sums[2][i] += (t0.third + t1.third) + (t2.third + t3.third);
-      }
-    }
-    for (; row < end; ++row) {
+    for (int64_t row = tile.row; row < end; ++row) {
       const int64_t offset = row * channels + tile.channel;
 #pragma omp simd
       for (int64_t i = 0; i < tile.channels; ++i) {
@@ -124,7 +111,8 @@ void sum_stage1(const Shape& shape, int threads, double* partials, const Prepare
       }
     });
     for (int k = 0; k < kSums; ++k) {
-      std::copy_n(totals[k], item.channels, partials + (block * kSums + k) * shape.c + item.channel);
+      std::copy_n(totals[k], item.channels,
+                  partials + (block * kSums + k) * shape.c + item.channel);
     }
   });
 }

@@ -25,9 +25,8 @@ void parallel_for(int64_t items, int64_t work, int threads, const Body& body) {
 template <class F>
 void for_each_range(int64_t numel, int threads, const F& f) {
   constexpr int64_t kPiece = 1 << 13;
-  parallel_for(ceil_div(numel, kPiece), numel, threads, [&](int64_t i) {
-    f(i * kPiece, std::min(numel, (i + 1) * kPiece));
-  });
+  parallel_for(ceil_div(numel, kPiece), numel, threads,
+               [&](int64_t i) { f(i * kPiece, std::min(numel, (i + 1) * kPiece)); });
 }
 
 // Calls f(offset, channel) for every element. f is copied into each item, so that what it captures

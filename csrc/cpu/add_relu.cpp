@@ -19,7 +19,8 @@ void add_relu_fwd(const AddReluFwdParams& p, int threads) {
   for_each_range(p.numel, threads, [=](int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
-      out[i] = from_acc<T>(relu(to_acc(x[i]) + to_acc(residual[i])));
+      const auto u = to_acc(x[i]) + to_acc(residual[i]);
+      out[i] = relu_gate(u, from_acc<T>(u));
     }
   });
 }
@@ -32,7 +33,7 @@ void add_relu_bwd(const AddReluBwdParams& p, int threads) {
   for_each_range(p.numel, threads, [=](int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
-      dx[i] = from_acc<T>(relu_bwd(to_acc(out[i]), to_acc(grad[i])));
+      dx[i] = relu_gate(to_acc(out[i]), grad[i]);
     }
   });
 }

@@ -1,11 +1,11 @@
 // BatchNorm's statistics, and the gradient of its input, on the CPU.
 //
-// Statistics: two passes over chunks of an item (see common/reduction.h), the second one from cache:
-// first the chunk's mean, then its squared deviations from that mean; chunks, then blocks, are
-// merged by Chan's formula in double, in fixed order. E[x^2] - E[x]^2 would cancel. Reads y once
-// from memory: 2 bytes per bf16 element, 4 per float.
-// Backward: element by element, split over pixels (NHWC) or planes (NCHW). Reads g and y, writes dy;
-// the reductions it needs, sums, come from whichever kernel wrote g.
+// Statistics: two passes over chunks of an item (see common/reduction.h), the second one from
+// cache: first the chunk's mean, then its squared deviations from that mean; chunks, then blocks,
+// are merged by Chan's formula in double, in fixed order. E[x^2] - E[x]^2 would cancel. Reads y
+// once from memory: 2 bytes per bf16 element, 4 per float. Backward: element by element, split over
+// pixels (NHWC) or planes (NCHW). Reads g and y, writes dy; the reductions it needs, sums, come
+// from whichever kernel wrote g.
 #include "fusedres/batch_norm.h"
 
 #include "common/dispatch.h"
@@ -21,8 +21,7 @@ void chunk_moments(const Shape& shape, const Tile& chunk, const T* y, double* me
   Acc sums[1][kTile], pivot[kTile], deviations[2][kTile];
   clear(sums, chunk.channels);
   clear(deviations, chunk.channels);
-  add_tile<1>(
-      shape, chunk, [=](int64_t o, int64_t) { return Terms<Acc>{to_acc(y[o])}; }, sums);
+  add_tile<1>(shape, chunk, [=](int64_t o, int64_t) { return Terms<Acc>{to_acc(y[o])}; }, sums);
   const double count = static_cast<double>(chunk.rows);
   for (int64_t i = 0; i < chunk.channels; ++i) pivot[i] = static_cast<Acc>(sums[0][i] / count);
 

@@ -27,7 +27,10 @@ void bn_act_fwd(const BnActFwdParams& p) {
   const Acc* const res_bias = static_cast<const Acc*>(p.res_bias);
   T* const a = static_cast<T*>(p.a);
 
-  const auto act = [](Acc u) { return from_acc<T>(kRelu ? relu(u) : u); };
+  const auto act = [](Acc u) {
+    const T rounded = from_acc<T>(u);
+    return kRelu ? relu_gate(u, rounded) : rounded;
+  };
   const auto normed = [=](int64_t o, int64_t c) {
     return (to_acc(y[o]) - mean[c]) * scale[c] + bias[c];
   };
@@ -62,9 +65,9 @@ void bn_act_bwd(const BnActBwdParams& p) {
       [=](int64_t o, int64_t c) {
         Acc da = to_acc(grad[o]);
         if constexpr (kExtra) da += to_acc(extra[o]);
-        if constexpr (kMask) da = relu_bwd(to_acc(a[o]), da);
         if constexpr (kExtra || kMask) {
-          const T rounded = from_acc<T>(da);
+          T rounded = from_acc<T>(da);
+          if constexpr (kMask) rounded = relu_gate(to_acc(a[o]), rounded);
           g[o] = rounded;
           da = to_acc(rounded);
         }

@@ -1,7 +1,7 @@
 // The stem's BatchNorm, ReLU and max pool in one pass each way, on the CPU.
 //
-// Forward: split over rows of the output. Reads y, writes p (a quarter of y's size at stride 2); the
-// activation is recomputed for each window it lies in and never stored. ReLU and rounding keep
+// Forward: split over rows of the output. Reads y, writes p (a quarter of y's size at stride 2);
+// the activation is recomputed for each window it lies in and never stored. ReLU and rounding keep
 // order, so the window's maximum is taken first and both are applied to it alone.
 // Backward: 1. finds each window's winner again and stores its place as one byte; here the rounded
 // activations are compared, as ties are decided after rounding. 2. Every input pixel gathers from
@@ -35,6 +35,8 @@ Range outputs_at(const PoolWindow& window, int64_t k, int64_t begin, int64_t end
 template <class T>
 struct Pool {
   using Acc = acc_t<T>;
+  // Of one width with Acc, so that a vector of the one masks a vector of the other.
+  using Place = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
   Shape shape;
   PoolWindow window;
   int64_t pooled_h, pooled_w;
@@ -56,7 +58,8 @@ struct Pool {
     return (to_acc(y[offset]) - mean[c]) * scale[c] + bias[c];
   }
   Acc activation(int64_t offset, int64_t c) const {
-    return to_acc(from_acc<T>(relu(normed(offset, c))));
+    const Acc u = normed(offset, c);
+    return to_acc(relu_gate(u, from_acc<T>(u)));
   }
 
   // Calls f(place, lane, offset, channel) for every input of `lanes` neighbouring windows, place by
@@ -70,7 +73,7 @@ struct Pool {
       const int64_t ih = oh * window.stride - window.padding + kh;
       if (ih < 0 || ih >= shape.h) continue;
       for (int64_t kw = 0; kw < window.size; ++kw) {
-        const int place = static_cast<int>(kh * window.size + kw);
+        const Place place = static_cast<Place>(kh * window.size + kw);
         if (shape.layout == Layout::kNHWC) {
           const int64_t iw = ow * window.stride - window.padding + kw;
           if (iw < 0 || iw >= shape.w) continue;
@@ -117,12 +120,13 @@ struct Pool {
       std::fill_n(best, lanes, -std::numeric_limits<Acc>::infinity());
       Acc* const best_ptr = best;
       const Pool self = *this;
-      for_each_input(n, oh, ow, c, lane0, lanes, [=](int, int64_t i, int64_t o, int64_t channel) {
+      for_each_input(n, oh, ow, c, lane0, lanes, [=](Place, int64_t i, int64_t o, int64_t channel) {
         const Acc u = self.normed(o, channel);
-        best_ptr[i] = u > best_ptr[i] || u != u ? u : best_ptr[i];
+        const Acc before = best_ptr[i];
+        best_ptr[i] = u > before || u != u ? u : before;
       });
 #pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) p[out + i] = from_acc<T>(relu(best[i]));
+      for (int64_t i = 0; i < lanes; ++i) p[out + i] = relu_gate(best[i], from_acc<T>(best[i]));
     });
   }
 
@@ -132,15 +136,19 @@ struct Pool {
       Acc best[kTile];
       std::fill_n(best, lanes, -std::numeric_limits<Acc>::infinity());
       Acc* const best_ptr = best;
-      uint8_t* const winner = winners + out;
+      Place places[kTile];
+      Place* const winner = places;
       const Pool self = *this;
       for_each_input(n, oh, ow, c, lane0, lanes,
-                     [=](int place, int64_t i, int64_t o, int64_t channel) {
-                       const Acc a = self.activation(o, channel);
-                       const bool wins = a > best_ptr[i] || a != a;
-                       best_ptr[i] = wins ? a : best_ptr[i];
-                       winner[i] = wins ? static_cast<uint8_t>(place) : winner[i];
+                     [=](Place place, int64_t i, int64_t o, int64_t channel) {
+                       const Acc a = self.activation(o, channel), before = best_ptr[i];
+                       const Place winner_before = winner[i];
+                       const bool wins = a > before || a != a;
+                       best_ptr[i] = wins ? a : before;
+                       winner[i] = wins ? place : winner_before;
                      });
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) winners[out + i] = static_cast<uint8_t>(places[i]);
     });
   }
 
@@ -155,12 +163,12 @@ struct Pool {
       for (int64_t kw = 0; kw < window.size && rows.begin < rows.end; ++kw) {
         const Range columns = outputs_at(window, kw, iw, iw + 1, pooled_w);
         if (columns.begin >= columns.end) continue;
-        const uint8_t place = static_cast<uint8_t>(kh * window.size + kw);
+        const Place place = static_cast<Place>(kh * window.size + kw);
         const int64_t out =
             ((n * pooled_h + rows.begin) * pooled_w + columns.begin) * shape.c + tile.channel;
 #pragma omp simd
         for (int64_t i = 0; i < tile.channels; ++i) {
-          total[i] += winners[out + i] == place ? to_acc(grad[out + i]) : Acc(0);
+          total[i] += to_acc(zero_if(static_cast<Place>(winners[out + i]) != place, grad[out + i]));
         }
       }
     }
@@ -169,7 +177,7 @@ struct Pool {
 #pragma omp simd
     for (int64_t i = 0; i < tile.channels; ++i) {
       g[offset + i] =
-          from_acc<T>(relu_bwd(self.activation(offset + i, tile.channel + i), total[i]));
+          relu_gate(self.activation(offset + i, tile.channel + i), from_acc<T>(total[i]));
     }
   }
 
@@ -181,12 +189,13 @@ struct Pool {
       const Range rows = outputs_at(window, kh, ih, ih + 1, pooled_h);
       for (int64_t kw = 0; kw < window.size && rows.begin < rows.end; ++kw) {
         const Range columns = outputs_at(window, kw, iw, iw + pixels, pooled_w);
-        const uint8_t place = static_cast<uint8_t>(kh * window.size + kw);
+        const Place place = static_cast<Place>(kh * window.size + kw);
         const int64_t out = ((n * shape.c + c) * pooled_h + rows.begin) * pooled_w;
         const int64_t stride = window.stride, shift = kw - window.padding - iw;
 #pragma omp simd
         for (int64_t o = columns.begin; o < columns.end; ++o) {
-          total[o * stride + shift] += winners[out + o] == place ? to_acc(grad[out + o]) : Acc(0);
+          total[o * stride + shift] +=
+              to_acc(zero_if(static_cast<Place>(winners[out + o]) != place, grad[out + o]));
         }
       }
     }
@@ -194,7 +203,7 @@ struct Pool {
     const Pool self = *this;
 #pragma omp simd
     for (int64_t i = 0; i < pixels; ++i) {
-      g[offset + i] = from_acc<T>(relu_bwd(self.activation(offset + i, c), total[i]));
+      g[offset + i] = relu_gate(self.activation(offset + i, c), from_acc<T>(total[i]));
     }
   }
 

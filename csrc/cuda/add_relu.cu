@@ -2,7 +2,8 @@
 //
 // A grid-stride loop over 16-byte vectors where all three pointers are aligned to 16 bytes, else
 // over single elements; the last few elements go one by one. Forward and backward each read two
-// tensors and write one: 6 bytes per element of a half type, 12 per float. Backward needs out alone.
+// tensors and write one: 6 bytes per element of a half type, 12 per float. Backward needs out
+// alone.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -25,14 +26,15 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2
 struct Forward {
   template <class Acc>
   __device__ Acc operator()(Acc x, Acc residual) const {
-    return relu(x + residual);
+    const Acc u = x + residual;
+    return relu_gate(u, u);
   }
 };
 
 struct Backward {
   template <class Acc>
   __device__ Acc operator()(Acc grad, Acc out) const {
-    return relu_bwd(out, grad);
+    return relu_gate(out, grad);
   }
 };
 

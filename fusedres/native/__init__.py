@@ -1,4 +1,4 @@
-"""The extension fusedres._C seen from Python: one file per op allocates tensors and passes pointers.
+"""The extension fusedres._C as Python sees it: one file per op allocates and passes pointers.
 
 Inputs are trusted here: the functions in fusedres.ops check them first.
 """
