@@ -135,23 +135,26 @@ class NinjaBuild(build_ext):
         # No kernel looks at floating-point exception flags; kept, they would forbid vector selects.
         host = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-trapping-math"]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
-        cuda, libs, archs = [], [], []
+        cuda, libs, archs, version = [], [], [], ""
         if nvcc := find_nvcc(build):
             archs = choose_archs(nvcc)
             host_cxx = next(w for w in cxx if Path(w).name not in ("ccache", "sccache", "distcc"))
             cuda = [*common, "-ccbin", host_cxx, "-Xcompiler=-fPIC,-fvisibility=hidden"]
             cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             # PTX of the newest for GPUs to come; an architecture-specific one (90a) has no future.
-            newest = [f"compute_{a}" for a in archs if a.isdigit()][-1:]
-            cuda += [f"-gencode=arch={a},code={a}" for a in newest]
+            newest = sorted((a for a in archs if a.isdigit()), key=int)[-1:]
+            cuda += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in newest]
             cuda += ["-DFUSEDRES_WITH_CUDA", "-lineinfo" if DEBUG else ""]
-            include = toolkit_file(nvcc, "cuda_runtime_api.h").parent
-            define = f'-DFUSEDRES_CUDA_ARCHS="{";".join(archs)}"'
-            python += ["-DFUSEDRES_WITH_CUDA", define, "-isystem", str(include)]
+            # As a system folder, the toolkit stays out of the dependencies. Its version is a comment
+            # in the command instead, so that another toolkit does recompile.
+            include = ["-isystem", str(toolkit_file(nvcc, "cuda_runtime_api.h").parent)]
+            version = output_of(nvcc, "--version").splitlines()[-1]
+            cuda += include
+            python += ["-DFUSEDRES_WITH_CUDA", *include]
+            python += [f'-DFUSEDRES_CUDA_ARCHS="{";".join(archs)}"']
             libs = [str(toolkit_file(nvcc, "libcudart_static.a")), "-ldl", "-lrt", "-lpthread"]
-        print(
-            "fusedres: CUDA kernels:", f"{nvcc} {' '.join(archs)}" if nvcc else "none", flush=True
-        )
+        what = f"{nvcc} for {' '.join(archs)}" if nvcc else "none"
+        print(f"fusedres: CUDA kernels: {what}", flush=True)
 
         def line(*words: object) -> str:
             return " ".join(shlex.quote(str(w)) for w in words if w).replace("$", "$$")
@@ -165,7 +168,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {line(nvcc, *cuda)} -MMD -MF $out.d -c $in -o $out
+  command = {line(nvcc, *cuda)} -MMD -MF $out.d -c $in -o $out # {version}
   depfile = $out.d
   deps = gcc
 rule link
