@@ -61,7 +61,7 @@ def find_nvcc(build: Path) -> Path | None:
     if CUDA == "0":
         return None
     if CUDA == "wheel":
-        return merge_wheels(build / "cuda")
+        return merge_wheels(build / "toolkit")
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which("nvcc", path=Path(home, "bin"))) or shutil.which("nvcc")
     if CUDA == "1" and not nvcc:
@@ -145,7 +145,7 @@ class NinjaBuild(build_ext):
             newest = sorted((a for a in archs if a.isdigit()), key=int)[-1:]
             cuda += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in newest]
             cuda += ["-DFUSEDRES_WITH_CUDA", "-lineinfo" if DEBUG else ""]
-            # As a system folder, the toolkit stays out of the dependencies. Its version is a comment
+            # As a system folder the toolkit stays out of the dependencies. Its version is a comment
             # in the command instead, so that another toolkit does recompile.
             include = ["-isystem", str(toolkit_file(nvcc, "cuda_runtime_api.h").parent)]
             version = output_of(nvcc, "--version").splitlines()[-1]
