@@ -179,7 +179,9 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
         if plan == "auto":
             plan = "split"
         elif plan not in BACKENDS[backend].plans:
-            raise RuntimeError(f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')")
+            raise RuntimeError(
+                f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')"
+            )
     return Choice(backend, plan, reason)
 
 

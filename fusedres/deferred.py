@@ -68,9 +68,7 @@ class Deferred:
     def __repr__(self) -> str:
         residual = self.residual
         kind = "Tensor" if isinstance(residual, Tensor) else residual
-        return (
-            f"Deferred(shape={list(self.shape)}, dtype={self.dtype}, relu={self.relu}, residual={kind})"
-        )
+        return f"Deferred(shape={list(self.shape)}, dtype={self.dtype}, relu={self.relu}, residual={kind})"
 
 
 def _flatten(d: Deferred) -> tuple[list[object], bool]:

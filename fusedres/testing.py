@@ -93,7 +93,9 @@ def serves(backend: str, op: str, dtype: torch.dtype, device: str = "cpu") -> bo
     return backends.unavailable(backend, op, device, dtype) is None
 
 
-Inputs = dict[str, Tensor]  # by name; those that require a gradient are leaves, the others are state
+Inputs = dict[
+    str, Tensor
+]  # by name; those that require a gradient are leaves, the others are state
 Outputs = dict[str, Tensor]
 
 

@@ -62,9 +62,7 @@ class PlainResNet50(nn.Module):
             stage = []
             for b in range(blocks):
                 stride = 2 if i > 0 and b == 0 else 1
-                stage.append(
-                    PlainBottleneck(channels, width, stride, stride_in_1x1, eps, momentum)
-                )
+                stage.append(PlainBottleneck(channels, width, stride, stride_in_1x1, eps, momentum))
                 channels = 4 * width
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -27,7 +27,14 @@ from fusedres.testing import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
 # ResNet's own sizes at a small batch, then what breaks kernels: C=1, 1x1 maps, one image, primes
-SHAPES = [(2, 64, 14, 14), (3, 1, 5, 4), (9, 5, 1, 1), (1, 3, 7, 7), (2, 17, 13, 11), (2, 2048, 3, 3)]
+SHAPES = [
+    (2, 64, 14, 14),
+    (3, 1, 5, 4),
+    (9, 5, 1, 1),
+    (1, 3, 7, 7),
+    (2, 17, 13, 11),
+    (2, 2048, 3, 3),
+]
 
 
 @dataclass(frozen=True)

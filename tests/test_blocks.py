@@ -149,7 +149,9 @@ def test_hooks_see_tensors_and_change_nothing(hook: str, where: str, backend: st
     seen: list[Any] = []
 
     def note(module: nn.Module, *values: Any) -> None:
-        seen.extend(v for group in values for v in (group if isinstance(group, tuple) else (group,)))
+        seen.extend(
+            v for group in values for v in (group if isinstance(group, tuple) else (group,))
+        )
 
     getattr(stage.get_submodule(where), f"register_{hook}_hook")(note)
     with use_backend(backend):
@@ -243,7 +245,11 @@ def test_initialisers_by_constant_and_callable() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: IdentityBlock(8, (4, 4, 16)), ValueError, r"filters\[2\] must equal in_channels 8"),
+        (
+            lambda: IdentityBlock(8, (4, 4, 16)),
+            ValueError,
+            r"filters\[2\] must equal in_channels 8",
+        ),
         (lambda: IdentityBlock(8, (4, 4)), ValueError, "filters must be"),
         (lambda: IdentityBlock(8, 4), ValueError, "filters must be"),
         (lambda: IdentityBlock(8, (4, 0, 8)), ValueError, "filters must be at least 1"),

@@ -96,11 +96,15 @@ class Chain:
     def eager(self, t: Inputs) -> Outputs:
         a = t["x"]
         if self.source != "tensor":
-            a = eager_batch_norm(F.conv2d(a, t["w0"], padding=self.first // 2), t, "n0", self.training)
+            a = eager_batch_norm(
+                F.conv2d(a, t["w0"], padding=self.first // 2), t, "n0", self.training
+            )
             if self.source == "tensor_residual":
                 a = a + t["r"]
             if self.source == "deferred_residual":
-                a = a + eager_batch_norm(F.conv2d(t["r"], t["wr"], padding=self.first // 2), t, "nr", self.training)
+                a = a + eager_batch_norm(
+                    F.conv2d(t["r"], t["wr"], padding=self.first // 2), t, "nr", self.training
+                )
             a = a.relu() if self.relu else a
         y = F.conv2d(a, t["w"], None, self.stride, self.padding, self.dilation, self.groups)
         value = eager_batch_norm(y, t, "n", self.training)
@@ -245,9 +249,7 @@ def test_nan_and_inf_reach_the_output(backend: str, value: float) -> None:
 def test_deterministic(backend: str) -> None:
     chain = Chain("deferred_residual", (8, 16, 14, 14), 16, kernel=3, padding=1)
     with use_backend(backend):
-        first, second = (
-            chain.ours(chain.inputs(Maker(torch.float32)))["value"] for _ in range(2)
-        )
+        first, second = (chain.ours(chain.inputs(Maker(torch.float32)))["value"] for _ in range(2))
     assert torch.equal(first, second)
 
 

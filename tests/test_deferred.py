@@ -21,9 +21,7 @@ def test_value_is_the_formula() -> None:
         return (x - m) * s + b
 
     torch.testing.assert_close(Deferred(y, mean, scale, bias).value(), affine(y).relu())
-    torch.testing.assert_close(
-        Deferred(y, mean, scale, bias, r, relu=False).value(), affine(y) + r
-    )
+    torch.testing.assert_close(Deferred(y, mean, scale, bias, r, relu=False).value(), affine(y) + r)
     shortcut = Deferred(r, mean, scale, bias, relu=False)
     torch.testing.assert_close(
         Deferred(y, mean, scale, bias, shortcut).value(), (affine(y) + affine(r)).relu()

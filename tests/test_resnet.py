@@ -67,9 +67,7 @@ def test_fp64_equals_plain_pytorch(
             for name, truth in found[1].items():
                 assert truth.any(), name
                 assert relative(found[0][name], truth) < 1e-10, name
-    for (name, ours), (_, truth) in zip(
-        fused.named_buffers(), plain.named_buffers(), strict=True
-    ):
+    for (name, ours), (_, truth) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
         assert relative(ours, truth) < 1e-10, name
     fused.eval(), plain.eval()
     with use_backend(backend), torch.no_grad():

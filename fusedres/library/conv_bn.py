@@ -52,10 +52,14 @@ class Source(NamedTuple):
         return light.bn_act_fwd(*self)  # type: ignore[no-any-return]
 
 
-def convolution(a: Tensor, weight: Tensor, conv: Conv, memory_format: torch.memory_format) -> Tensor:
+def convolution(
+    a: Tensor, weight: Tensor, conv: Conv, memory_format: torch.memory_format
+) -> Tensor:
     """y [N, K, OH, OW], dense in `memory_format`."""
     if a.size(0) == 0:
-        return a.new_empty(output_shape(a.shape, weight.shape, conv)).to(memory_format=memory_format)
+        return a.new_empty(output_shape(a.shape, weight.shape, conv)).to(
+            memory_format=memory_format
+        )
     padded, padding = _pad(a, conv)
     y = torch.ops.aten.convolution(
         padded, weight, None, conv.stride, padding, conv.dilation, False, [0, 0], conv.groups
@@ -68,7 +72,9 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad and wgrad by the library, in the compute dtype; None for what is not needed."""
     if a.size(0) == 0:
-        return torch.zeros_like(a) if need_da else None, torch.zeros_like(weight) if need_dw else None
+        return torch.zeros_like(a) if need_da else None, torch.zeros_like(
+            weight
+        ) if need_dw else None
     padded, padding = _pad(a, conv)
     da, dw, _ = torch.ops.aten.convolution_backward(
         dy,

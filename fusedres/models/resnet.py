@@ -41,7 +41,13 @@ VARIANTS = {
     "keras": Variant(True, 1.001e-5, 0.01, 1, "glorot_uniform"),
     "coursera": Variant(True, 1e-3, 0.01, 0, "glorot_uniform"),
 }
-_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_DEPTHS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 _WIDTHS = (64, 128, 256, 512)
 
 
@@ -239,8 +245,6 @@ def _stage(
         rest = [BasicBlock(width, width, **common) for _ in range(blocks - 1)]
         return Stage(first, *rest), width
     filters = (width, width, 4 * width)
-    first = ConvBlock(
-        channels, filters, 3, stride, stride_in_1x1=details.stride_in_1x1, **common
-    )
+    first = ConvBlock(channels, filters, 3, stride, stride_in_1x1=details.stride_in_1x1, **common)
     others = [IdentityBlock(4 * width, filters, **common) for _ in range(blocks - 1)]
     return Stage(first, *others), 4 * width

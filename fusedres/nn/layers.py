@@ -61,9 +61,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     if conv.padding == "valid":
         return 0, 0, 0, 0
     if conv.padding == "same":
-        taps = tuple(
-            d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-        )
+        taps = tuple(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
         return same_padding(taps)
     height, width = conv.padding
     assert isinstance(height, int) and isinstance(width, int)
@@ -110,7 +108,9 @@ def apply_conv_bn(
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if counts and bn.momentum is None and bn.num_batches_tracked is not None:
-        momentum = 1.0 / (bn.num_batches_tracked + 1.0)  # cumulative average, without leaving the device
+        momentum = 1.0 / (
+            bn.num_batches_tracked + 1.0
+        )  # cumulative average, without leaving the device
     uses_running = counts or not bn.training
     result = conv_bn(
         input,

@@ -115,8 +115,9 @@ def check_batch_norm(
         raise ValueError(f"{op}: training=False needs running_mean and running_var, got None")
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0:
-            raise ValueError(f"{op}: momentum must be a number or a 0-d tensor, got shape "
-                             f"{list(momentum.shape)}")
+            raise ValueError(
+                f"{op}: momentum must be a number or a 0-d tensor, got shape {list(momentum.shape)}"
+            )
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
         raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
     elif not math.isfinite(momentum):

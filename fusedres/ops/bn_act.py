@@ -177,7 +177,9 @@ def settle(op: str, d: Deferred, backend: str) -> Deferred:
     return _dense(d, memory_format, r)
 
 
-def _dense(d: Deferred, memory_format: torch.memory_format, r: Tensor | Deferred | None) -> Deferred:
+def _dense(
+    d: Deferred, memory_format: torch.memory_format, r: Tensor | Deferred | None
+) -> Deferred:
     vectors = (v.contiguous() for v in (d.mean, d.scale, d.bias))
     return Deferred(contract.dense(d.y, memory_format), *vectors, r, d.relu, d.sums)
 

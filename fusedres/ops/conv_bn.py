@@ -266,7 +266,9 @@ class ConvBNFunction(torch.autograd.Function):
             config.plan,
         )
         emitted = None
-        if config.emit:  # of a plain Tensor an alias: its second reader's gradient joins in our dgrad
+        if (
+            config.emit
+        ):  # of a plain Tensor an alias: its second reader's gradient joins in our dgrad
             emitted = a if deferred else x.view_as(x)
         saved_a = emitted if deferred else None
         ctx.has_residual = residual is not None
@@ -353,7 +355,13 @@ class ConvBNFunction(torch.autograd.Function):
 
 
 def _check_conv(
-    op: str, x: Tensor, weight: object, stride: object, padding: object, dilation: object, groups: object
+    op: str,
+    x: Tensor,
+    weight: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: object,
 ) -> tuple[Tensor, Conv]:
     """The weight and the geometry, against an input of x's shape."""
     w = contract.check_tensor(op, "weight", weight)
@@ -366,7 +374,9 @@ def _check_conv(
             + f" (shape {list(w.shape)}), the activation has {x.size(1)} (shape {list(x.shape)})"
         )
     if w.size(0) % count:
-        raise ValueError(f"{op}: groups must divide weight's {w.size(0)} output channels, got {count}")
+        raise ValueError(
+            f"{op}: groups must divide weight's {w.size(0)} output channels, got {count}"
+        )
     if 0 in w.shape:
         raise ValueError(f"{op}: weight must not be empty, got shape {list(w.shape)}")
     if isinstance(padding, tuple | list) and len(padding) == 4:
@@ -505,7 +515,9 @@ def conv_bn(
         eps,
     )
     contract.check_bool(op, "relu", relu)
-    pointwise = tuple(weight.shape[2:]) == (1, 1) and conv.stride == (1, 1) and not any(conv.padding)
+    pointwise = (
+        tuple(weight.shape[2:]) == (1, 1) and conv.stride == (1, 1) and not any(conv.padding)
+    )
     if contract.check_bool(op, "emit", emit) and isinstance(input, Deferred) and not pointwise:
         raise ValueError(
             f"{op}: emit of a Deferred needs a 1x1 kernel, stride 1 and no padding, got kernel "
