@@ -12,12 +12,16 @@ CHANNEL_DIMS = (0, 2, 3)  # what a per-channel reduction of an NCHW-shaped tenso
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of mean, rstd, scale, bias and sums beside activations of `dtype`: fp64 for fp64, else fp32."""
+    """Dtype of mean, rstd, scale, bias and sums beside activations of `dtype`: fp64 for fp64, else
+    fp32.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def stored_format(x: Tensor) -> torch.memory_format:
-    """channels_last or contiguous (NCHW), by x's strides, so that an image of one channel keeps its format."""
+    """channels_last or contiguous (NCHW), by x's strides, so that an image of one channel keeps its
+    format.
+    """
     if x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

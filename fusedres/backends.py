@@ -1,8 +1,8 @@
 """Which implementation runs: the registry of backends, the scopes that choose one, and the reasons.
 
-A backend is asked for by `use_backend`, by the environment variable FUSEDRES_BACKEND, or left to "auto",
-which takes the fastest one that serves the tensors at hand and falls back to "reference". A backend asked
-for by name that cannot serve raises and says why.
+A backend is asked for by `use_backend`, by the environment variable FUSEDRES_BACKEND, or left to
+"auto", which takes the fastest one that serves the tensors at hand and falls back to "reference". A
+backend asked for by name that cannot serve raises and says why.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ NAMES = (*BACKENDS, "auto")
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of a look-up: a backend, conv_bn's plan, and why nothing faster runs ("" if nothing is)."""
+    """The outcome of a look-up: a backend, conv_bn's plan, and why nothing faster runs ("" if
+    nothing is).
+    """
 
     backend: str
     plan: str
     reason: str
 
 
-_backend_scope: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
+_backend_scope: ContextVar[str] = ContextVar("fusedres_backend", default="")
 _plan_scope: ContextVar[str] = ContextVar("fusedres_plan", default="auto")
 
 
@@ -84,7 +86,8 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     Backward runs what its forward chose.
 
     Raises:
-        ValueError: another name. An op raises RuntimeError where the backend cannot serve its tensors.
+        ValueError: another name. An op raises RuntimeError where the backend cannot serve its
+            tensors.
     """
     return _scoped(_backend_scope, _checked(name, NAMES, "use_backend: name"))
 
@@ -92,8 +95,8 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 def use_plan(name: str) -> contextlib.AbstractContextManager[None]:
     """Choose how conv_bn runs within a `with` block: "fused", "split" or "auto" (by the table).
 
-    "fused" is one kernel for the convolution with its prologue and epilogue; "split" materialises the
-    activation with one light kernel and calls the library's convolution.
+    "fused" is one kernel for the convolution with its prologue and epilogue; "split" materialises
+    the activation with one light kernel and calls the library's convolution.
 
     Raises:
         ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan.
@@ -102,7 +105,7 @@ def use_plan(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _scoped(variable: ContextVar[str], value: str) -> Iterator[None]:  # type: ignore[type-arg]
+def _scoped(variable: ContextVar[str], value: str) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield
@@ -112,14 +115,13 @@ def _scoped(variable: ContextVar[str], value: str) -> Iterator[None]:  # type: i
 
 def requested_backend() -> str:
     """The name in force here: the innermost use_backend, else FUSEDRES_BACKEND, else "auto"."""
-    scoped = _backend_scope.get()
-    if scoped is not None:
-        return scoped
-    return _checked(os.environ.get("FUSEDRES_BACKEND") or "auto", NAMES, "FUSEDRES_BACKEND")
+    return _backend_scope.get() or _checked(
+        os.environ.get("FUSEDRES_BACKEND") or "auto", NAMES, "FUSEDRES_BACKEND"
+    )
 
 
 def unavailable(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why backend `name` cannot run `op` on tensors of this device type and dtype; None if it can."""
+    """Why backend `name` cannot run `op` on such tensors; None if it can."""
     b = BACKENDS[name]
     if op not in b.ops:
         return f"backend {name!r} has no {op} kernel in this version of fusedres"
@@ -133,7 +135,9 @@ def unavailable(name: str, op: str, device: str, dtype: torch.dtype) -> str | No
 
 @cache
 def not_ready(name: str) -> str | None:
-    """Why the backend as a whole is off on this machine, with the command that turns it on; None if ready."""
+    """Why the backend as a whole is off on this machine, with the command that turns it on; None if
+    ready.
+    """
     if name in ("cpp", "cuda"):
         from fusedres import native
 
@@ -142,11 +146,11 @@ def not_ready(name: str) -> str | None:
             return native.unavailable_reason()
         if name == "cuda" and not extension.cuda_built:
             return (
-                "fusedres._C was built without CUDA; install nvcc and reinstall with FUSEDRES_CUDA=1, "
-                "or with FUSEDRES_CUDA=wheel, which brings nvcc along"
+                "fusedres._C was built without CUDA; install nvcc and reinstall with "
+                "FUSEDRES_CUDA=1, or with FUSEDRES_CUDA=wheel, which brings nvcc along"
             )
         if name == "cuda":
-            return extension.cuda_driver_status()  # type: ignore[no-any-return]
+            return extension.cuda_driver_status()
     if name == "triton":
         return "backend 'triton' has no kernels in this version of fusedres"
     return None
@@ -173,7 +177,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
         reason = unavailable(backend, op, device, dtype) or ""
         if reason:
             raise RuntimeError(
-                f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' would fall back)"
+                f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' falls back)"
             )
     if op == "conv_bn":
         if plan == "auto":

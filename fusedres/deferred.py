@@ -1,8 +1,12 @@
-"""Deferred: an activation that stands for its BatchNorm, residual add and ReLU without having run them."""
+"""Deferred: an activation that stands for its BatchNorm, residual add and ReLU without having run
+them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +21,20 @@ class Deferred:
     :meth:`value` turns it into a Tensor.
 
     Args:
-        y: [N, C, H, W], the raw convolution output in the compute dtype, never normalised in memory.
+        y: [N, C, H, W], the raw convolution output in the compute dtype, never normalised in
+            memory.
         mean, scale, bias: [C], fp32 (fp64 beside an fp64 y); scale is BatchNorm's weight * rstd.
-        residual: what joins before the activation: None, a Tensor [N, C, H, W], or a Deferred of the
-            same shape that has neither ReLU nor a residual of its own (the projection shortcut).
+        residual: what joins before the activation: None, a Tensor [N, C, H, W], or a Deferred of
+            the same shape that has neither ReLU nor a residual of its own (the projection
+            shortcut).
         relu: whether the activation ends in ReLU.
-        sums: [2, C], the carrier of the gradient protocol, written by the op that made y. Its value is
-            never read; its *gradient* is (sum g, sum g * (y - mean)).
+        sums: [2, C], the carrier of the gradient protocol, written by the op that made y. Its value
+            is never read; its *gradient* is (sum g, sum g * (y - mean)).
 
     The gradient that flows along `y` is g = dL/du with u = (y - mean) * scale + bias, not dL/dy: a
-    Deferred whose `sums` is set is read through fusedres' ops only, and backward raises where `y` alone
-    was used. Where `sums` is None (backend "reference"), ordinary autograd runs through all fields.
+    Deferred whose `sums` is set is read through fusedres' ops only, and backward raises where `y`
+    alone was used. Where `sums` is None (backend "reference"), ordinary autograd runs through all
+    fields.
     """
 
     y: Tensor
@@ -68,16 +75,17 @@ class Deferred:
     def __repr__(self) -> str:
         residual = self.residual
         kind = "Tensor" if isinstance(residual, Tensor) else residual
-        return f"Deferred(shape={list(self.shape)}, dtype={self.dtype}, relu={self.relu}, residual={kind})"
+        about = f"shape={list(self.shape)}, dtype={self.dtype}, relu={self.relu}"
+        return f"Deferred({about}, residual={kind})"
 
 
-def _flatten(d: Deferred) -> tuple[list[object], bool]:
+def _flatten(d: Deferred) -> tuple[list[Any], bool]:
     return [d.y, d.mean, d.scale, d.bias, d.residual, d.sums], d.relu
 
 
-def _unflatten(children: list[object], relu: bool) -> Deferred:
+def _unflatten(children: Iterable[Any], relu: Any) -> Deferred:
     y, mean, scale, bias, residual, sums = children
-    return Deferred(y, mean, scale, bias, residual, relu, sums)  # type: ignore[arg-type]
+    return Deferred(y, mean, scale, bias, residual, relu, sums)
 
 
 pytree.register_pytree_node(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.ops import add_relu, batch_norm, conv_bn
+from fusedres.ops.add_relu import add_relu
+from fusedres.ops.batch_norm import batch_norm
+from fusedres.ops.conv_bn import conv_bn
 
 __all__ = ["add_relu", "bn_add_relu", "conv_bn_relu"]
 

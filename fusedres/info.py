@@ -43,8 +43,8 @@ def info() -> Info:
 
     Returns:
         A printable dict: version, python, torch, platform, devices, extension (None or compiler,
-        cuda_version, cuda_archs), requested_backend, threads, and backends by name, each with ready,
-        reason, ops, devices, dtypes.
+        cuda_version, cuda_archs), requested_backend, threads, and backends by name, each with
+        ready, reason, ops, devices, dtypes.
     """
     extension = native.load()
     devices = ["cpu"]

@@ -1,8 +1,10 @@
-"""How correctness is judged: one tolerance table, the three-way rule, plain-PyTorch peers and input makers.
+"""How correctness is judged: one tolerance table, the three-way rule, plain-PyTorch peers and input
+makers.
 
-The rule: with the error of a result its distance from the fp64 truth, relative to the truth's norm, ours
-may be at most twice that of plain PyTorch in the same dtype and memory format, plus a floor. In fp64,
-where ours and the truth are two ways to the same number, the largest element counts instead of the norm.
+The rule: with the error of a result its distance from the fp64 truth, relative to the truth's norm,
+ours may be at most twice that of plain PyTorch in the same dtype and memory format, plus a floor.
+In fp64, where ours and the truth are two ways to the same number, the largest element counts
+instead of the norm.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 def error(result: Tensor, truth: Tensor, trim: float = 0.0) -> float:
     """Distance from the truth relative to its norm; inf where NaN or shape disagree.
 
-    In fp64 the maximum norm, else the Euclidean one, without the fraction `trim` of elements that are
-    furthest off: in low precision ReLU's mask flips where its input is within rounding of zero, and a
-    flipped element of a gradient is off by all of itself, in every implementation alike.
+    In fp64 the maximum norm, else the Euclidean one, without the fraction `trim` of elements that
+    are furthest off: in low precision ReLU's mask flips where its input is within rounding of zero,
+    and a flipped element of a gradient is off by all of itself, in every implementation alike.
     """
     if result.shape != truth.shape:
         return float("inf")
@@ -58,7 +60,8 @@ def assert_three_way(
     dtype: torch.dtype,
     trim: float = 0.0,
 ) -> None:
-    """ours against fp64 truth, at most FACTOR times as far off as the peer, plus the floor of compute dtype.
+    """ours against fp64 truth, at most FACTOR times as far off as the peer, plus the floor of
+    compute dtype.
 
     Each is one result a seed; errors are pooled over the seeds (root mean square).
 
@@ -173,7 +176,9 @@ def eager_batch_norm(y: Tensor, t: Inputs, name: str, training: bool) -> Tensor:
 def run(
     function: Callable[[Inputs], Outputs], t: Inputs, seed: int = 12345
 ) -> Iterator[tuple[str, Tensor]]:
-    """By name: every output, every state, and under random upstream gradients every leaf's gradient."""
+    """By name: every output, every state, and under random upstream gradients every leaf's
+    gradient.
+    """
     leaves = {name: x for name, x in t.items() if x.requires_grad}
     outputs = function(t)
     generator = torch.Generator().manual_seed(seed)
@@ -214,7 +219,8 @@ def check_case(
     with backends.use_backend(backend):
         ours = runs(case.ours, dtype)
     for name in truth[0]:
-        assert_three_way(name, *([r[name] for r in rs] for rs in (ours, peer, truth)), dtype, trim)
+        results, peers, true = ([r[name] for r in rs] for rs in (ours, peer, truth))
+        assert_three_way(name, results, peers, true, dtype, trim)
 
 
 def gradcheck(case: Case, backend: str) -> None:

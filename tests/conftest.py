@@ -1,10 +1,13 @@
-"""The installed package is what is tested, never an unbuilt source folder that happens to be on the path."""
+"""The installed package is what is tested, never an unbuilt source folder that happens to be on the
+path.
+"""
 
 from pathlib import Path
 
-import fusedres
 import pytest
 import torch
+
+import fusedres
 
 SOURCE = Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fusedres import add_relu, use_backend
 from fusedres.testing import CHANNELS_LAST, serves, serving_backends
-from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()

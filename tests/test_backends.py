@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 
-import fusedres
 import pytest
 import torch
+
+import fusedres
 from fusedres import backends, use_backend, use_plan
 from fusedres.ops import conv_bn
 

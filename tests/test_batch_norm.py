@@ -1,4 +1,4 @@
-"""batch_norm: every backend by the three-way rule, gradcheck, opcheck, running statistics, errors."""
+"""batch_norm: the three-way rule, gradcheck, opcheck, running statistics, errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusedres import use_backend
 from fusedres.ops import batch_norm
 from fusedres.testing import (

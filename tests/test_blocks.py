@@ -1,4 +1,6 @@
-"""Blocks against the same children called as plain modules; padding, hooks, modes, initialisers, errors."""
+"""Blocks against the same children called as plain modules; padding, hooks, modes, initialisers,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fusedres import ConvBlock, ConvBNReLU, IdentityBlock, report, use_backend
 from fusedres.nn import BasicBlock, Stage
 from fusedres.nn.blocks import FusedModule
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, serving_backends
-from torch import Tensor, nn
 
 BACKENDS = serving_backends()
 BLOCKS: dict[str, Callable[[], FusedModule]] = {
@@ -116,7 +119,9 @@ def test_without_affine_and_running_statistics(backend: str) -> None:
 @pytest.mark.parametrize("size", [1, 4, 5, 8])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
 def test_same_padding_as_keras(kernel: int, size: int) -> None:
-    """Keras 'same' at stride 1: floor((k - 1) / 2) before, the rest after; the output keeps its size."""
+    """Keras 'same' at stride 1: floor((k - 1) / 2) before, the rest after; the output keeps its
+    size.
+    """
     block = IdentityBlock(3, (4, 4, 3), kernel_size=kernel).eval()
     x = torch.randn(2, 3, size, size)
     before, after = (kernel - 1) // 2, kernel - 1 - (kernel - 1) // 2

@@ -1,4 +1,6 @@
-"""bn_act: a Deferred built by hand against the formula, NaN, opcheck, errors; gradients are test_conv_bn's too."""
+"""bn_act: a Deferred built by hand against the formula, NaN, opcheck, errors; gradients are
+test_conv_bn's too.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusedres import Deferred, use_backend
 from fusedres.ops import batch_norm, bn_act
 from fusedres.testing import (
@@ -157,5 +160,5 @@ def test_errors_name_the_argument() -> None:
     vector = torch.zeros(3)
     with pytest.raises(ValueError, match=r"bn_act: input.bias must have shape \[3\], got \[2\]"):
         bn_act(Deferred(x, vector, vector, vector[:2]))
-    with pytest.raises(TypeError, match="bn_act: input.y must be a Tensor, got list"):
+    with pytest.raises(TypeError, match=r"bn_act: input\.y must be a Tensor, got list"):
         bn_act(Deferred([1.0], vector, vector, vector))  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fusedres import Deferred, use_backend
 from fusedres.ops import batch_norm, bn_relu_maxpool
 from fusedres.testing import (

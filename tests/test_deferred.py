@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.utils import _pytree as pytree
+
 from fusedres import Deferred, use_backend
 from fusedres.ops import conv_bn
-from torch.utils import _pytree as pytree
 
 
 def made(relu: bool = True) -> Deferred:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import fusedres
 import pytest
 import torch
 import torch.nn.functional as F
+
+import fusedres
 from fusedres.testing import (
     CHANNELS_LAST,
     CONTIGUOUS,

@@ -6,14 +6,16 @@ import ast
 import sys
 from pathlib import Path
 
-import fusedres
 import pytest
+
+import fusedres
 from fusedres import backends
 
 SOURCE = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fusedres.__file__).resolve().parent
 
-# a module may import what stands below it; a room imports torch, its own files, and the leaf _tensors
+# a module may import what stands below it; a room imports torch, its own files, and the leaf
+# _tensors
 LEVELS = [
     {"_tensors", "_version", "_C"},
     {"reference", "library", "native", "triton_kernels"},
@@ -35,7 +37,7 @@ def files() -> list[Path]:
 
 
 def top(path: Path) -> str:
-    """The part of the package that a file belongs to: "ops" for ops/bn_act.py, "info" for info.py."""
+    """The part of the package a file belongs to: "ops" for ops/bn_act.py, "info" for info.py."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -1,1 +1,3 @@
-"""Convolutions by cuDNN and oneDNN through torch, and the split plans built on them. Imports torch only."""
+"""Convolutions by cuDNN and oneDNN through torch, and the split plans built on them. Imports torch
+only.
+"""

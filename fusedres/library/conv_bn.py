@@ -1,12 +1,15 @@
-"""conv_bn's split plan: light passes around the library's convolution, under the contract of the fused kernel.
+"""conv_bn's split plan: light passes around the library's convolution, under the contract of the
+fused kernel.
 
-Forward materialises the activation with one light pass, calls the convolution, and takes statistics with
-another. Backward re-materialises the activation where it was not emitted (dgrad's mask and wgrad read it),
-turns g into dy with one pass, calls the library's dgrad and wgrad, and finishes with one pass that joins
-the shortcut's gradient, applies ReLU's mask in place and takes the sums of the gradient protocol.
+Forward materialises the activation with one light pass, calls the convolution, and takes statistics
+with another. Backward re-materialises the activation where it was not emitted (dgrad's mask and
+wgrad read it), turns g into dy with one pass, calls the library's dgrad and wgrad, and finishes
+with one pass that joins the shortcut's gradient, applies ReLU's mask in place and takes the sums of
+the gradient protocol.
 
-Per element of the input 2 reads + 1 write forward; per element of the output 1 read, backward 2 reads +
-1 write; convolutions come on top. `light` is any backend's light passes: the split plan is one for all.
+Per element of the input 2 reads + 1 write forward; per element of the output 1 read, backward 2
+reads + 1 write; convolutions come on top. `light` is any backend's light passes: the split plan is
+one for all.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Source(NamedTuple):
         """The activation in memory."""
         if self.mean is None:
             return self.x
-        return light.bn_act_fwd(*self)  # type: ignore[no-any-return]
+        return light.bn_act_fwd(*self)
 
 
 def convolution(
@@ -135,7 +138,9 @@ def conv_bn_bwd(
     need_weight: bool,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw as the weight is stored."""
+    """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw as the weight
+    is stored.
+    """
     if a is None:
         a = source.materialise(light)
     da, dw = convolution_backward(dy, a, weight.to(a.dtype), conv, need_input, need_weight)

@@ -1,4 +1,6 @@
-"""ResNet-18 to 152 over deferred activations, with torchvision's state_dict and three variants of the details."""
+"""ResNet-18 to 152 over deferred activations, with torchvision's state_dict and three variants of
+the details.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fusedres.deferred import Deferred
@@ -52,7 +53,9 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class ResNet(FusedModule):
-    """A ResNet of any depth; use FusedResNet50 or resnet18() to resnet152(), which explain the arguments."""
+    """A ResNet of any depth; use FusedResNet50 or resnet18() to resnet152(), which explain the
+    arguments.
+    """
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class ResNet(FusedModule):
         yield "conv1", self.conv1, "bn1", self.bn1
 
     def plain_reason(self) -> str | None:
-        """Why the stem runs as plain modules; None where it is fused. Blocks answer for themselves."""
+        """Why the stem runs as plain modules, or None. Blocks answer for themselves."""
         return (
             super().plain_reason()
             or plain_reason(self.relu, "relu")
@@ -109,16 +112,16 @@ class ResNet(FusedModule):
         Any memory format; channels_last is the fast one. H and W from 32 up for every variant.
         """
         h: Tensor | Deferred = self._stem(x)
-        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        stages = [self.get_submodule(f"layer{i}") for i in range(1, 5)]
         for i, stage in enumerate(stages):
             hands_over = i + 1 < len(stages) and takes_deferred(stages[i + 1])
             h = call(stage, h, defer=hands_over)
-        h = self.avgpool(as_tensor(h))
-        return self.fc(torch.flatten(h, 1))  # type: ignore[no-any-return]
+        pooled: Tensor = self.avgpool(as_tensor(h))
+        return self.fc(pooled.flatten(1))
 
     def _stem(self, x: Tensor) -> Tensor:
         if self.plain_reason() is not None:
-            return self.maxpool(self.relu(self.bn1(self.conv1(x))))  # type: ignore[no-any-return]
+            return self.maxpool(self.relu(self.bn1(self.conv1(x))))
         pool = self.maxpool
         return bn_relu_maxpool(
             apply_conv_bn(x, self.conv1, self.bn1),
@@ -139,24 +142,24 @@ class ResNet(FusedModule):
 class FusedResNet50(ResNet):
     """ResNet-50 whose training step runs on fused ops; a drop-in for torchvision's resnet50.
 
-    Its state_dict has torchvision's keys and shapes; its convolutions and BatchNorms are plain nn.Conv2d
-    and nn.BatchNorm2d.
+    Its state_dict has torchvision's keys and shapes; its convolutions and BatchNorms are plain
+    nn.Conv2d and nn.BatchNorm2d.
 
     Args:
         num_classes: outputs of the last layer.
         variant:
             "torchvision": v1.5, stride in the 3x3, eps 1e-5, momentum 0.1, padded max pool, Kaiming
                 normal convolutions, nn.Linear's own initialiser for fc;
-            "keras": Keras Applications, stride in the first 1x1, eps 1.001e-5, momentum 0.01, padded max
-                pool, Glorot uniform, fc bias 0;
-            "coursera": stride in the first 1x1, eps 1e-3, momentum 0.01, max pool without padding, Glorot
-                uniform, fc bias 0.
+            "keras": Keras Applications, stride in the first 1x1, eps 1.001e-5, momentum 0.01,
+                padded max pool, Glorot uniform, fc bias 0;
+            "coursera": stride in the first 1x1, eps 1e-3, momentum 0.01, max pool without padding,
+                Glorot uniform, fc bias 0.
         zero_init_residual: start the last BatchNorm of each block at zero weight.
         in_channels: channels of the images.
-        memory: "exact".
-        **overrides: any of stride_in_1x1, eps, momentum, stem_pool_padding, initializer, in place of the
-            variant's; for initializer see fusedres.nn.init.resolve. The same torch.manual_seed gives the
-            same bits.
+        memory: "exact". **overrides: any of stride_in_1x1, eps, momentum, stem_pool_padding,
+        initializer, in place of the
+            variant's; for initializer see fusedres.nn.init.resolve. The same torch.manual_seed
+            gives the same bits.
 
     Raises:
         ValueError, TypeError: an argument out of range, of the wrong type or unknown, named.
@@ -186,12 +189,16 @@ class FusedResNet50(ResNet):
 
 
 def resnet18(num_classes: int = 1000, **options: Any) -> ResNet:
-    """ResNet-18 of basic blocks; arguments as FusedResNet50's. stride_in_1x1=True: ValueError, it has no 1x1."""
+    """ResNet-18 of basic blocks; arguments as FusedResNet50's. stride_in_1x1=True: ValueError, it
+    has no 1x1.
+    """
     return ResNet(18, num_classes, **options)
 
 
 def resnet34(num_classes: int = 1000, **options: Any) -> ResNet:
-    """ResNet-34 of basic blocks; arguments as FusedResNet50's. stride_in_1x1=True: ValueError, it has no 1x1."""
+    """ResNet-34 of basic blocks; arguments as FusedResNet50's. stride_in_1x1=True: ValueError, it
+    has no 1x1.
+    """
     return ResNet(34, num_classes, **options)
 
 

@@ -1,4 +1,6 @@
-"""Modules over the ops: they hold parameters in plain nn.Conv2d and nn.BatchNorm2d children and fuse in forward."""
+"""Modules over the ops: they hold parameters in plain nn.Conv2d and nn.BatchNorm2d children and
+fuse in forward.
+"""
 
 from fusedres.nn.blocks import BasicBlock, ConvBlock, ConvBNReLU, IdentityBlock, Stage
 from fusedres.nn.report import report

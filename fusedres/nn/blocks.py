@@ -1,8 +1,8 @@
 """Residual blocks over deferred activations.
 
-Every block maps Tensor -> Tensor. Within a ResNet, `Stage` and the model also hand a Deferred from one
-block straight to the next (`defer=True`), where nothing between them needs a Tensor; a hook on a block or
-a stage, a foreign module or a forward of one's own turns it into a Tensor there.
+Every block maps Tensor -> Tensor. Within a ResNet, `Stage` and the model also hand a Deferred from
+one block straight to the next (`defer=True`), where nothing between them needs a Tensor; a hook on
+a block or a stage, a foreign module or a forward of one's own turns it into a Tensor there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def in_format_of(out: Tensor, x: Tensor | Deferred) -> Tensor:
 
 
 class FusedModule(nn.Module):
-    """A module that fuses its convolutions and BatchNorms in its own forward, or calls them as they are.
+    """A module that fuses its convolutions and BatchNorms in its own forward, or calls them as they
+    are.
 
     Attributes:
         fused: set to False to run the children as plain modules.
@@ -78,7 +79,8 @@ class FusedModule(nn.Module):
 
 
 class ConvBNReLU(FusedModule):
-    """Convolution, BatchNorm and (unless relu=False) ReLU. Children: conv, bn; the convolution has no bias.
+    """Convolution, BatchNorm and (unless relu=False) ReLU. Children: conv, bn; the convolution has
+    no bias.
 
     Args:
         in_channels, out_channels: channels of the input [N, C, H, W] and the output [N, K, OH, OW].
@@ -113,8 +115,12 @@ class ConvBNReLU(FusedModule):
 
 
 class _ResidualBlock(FusedModule):
-    """conv1 .. convN with their BatchNorms, and `downsample` (a convolution and its BatchNorm) or None."""
+    """conv1 .. convN with their BatchNorms, and `downsample` (a convolution and its BatchNorm) or
+    None.
+    """
 
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
     downsample: nn.Sequential | None
     depth: int
 
@@ -133,7 +139,7 @@ class _ResidualBlock(FusedModule):
         return super().plain_reason()
 
     def conv_padding(self, i: int) -> tuple[int, int, int, int] | None:
-        """(top, bottom, left, right) of conv<i> where the module cannot say it itself, else None."""
+        """Padding of conv<i> where the module cannot say it: (top, bottom, left, right)."""
         return None
 
     def _forward_fused(self, x: Tensor | Deferred) -> Deferred:
@@ -142,7 +148,8 @@ class _ResidualBlock(FusedModule):
         h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=True)
         shortcut: Tensor | Deferred = a
         if self.downsample is not None:
-            shortcut = apply_conv_bn(a, *self.downsample, relu=False)  # type: ignore[misc, arg-type]
+            conv, bn = self.downsample
+            shortcut = apply_conv_bn(a, conv, bn, relu=False)  # type: ignore[call-overload]
         for i in range(2, self.depth + 1):
             h = apply_conv_bn(
                 h,
@@ -155,7 +162,7 @@ class _ResidualBlock(FusedModule):
 
     def _emits(self) -> bool:
         """Whether conv1 can write its input's value on the way: 1x1, stride 1."""
-        conv: nn.Conv2d = self.conv1  # type: ignore[assignment]
+        conv = self.conv1
         return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
@@ -202,7 +209,8 @@ class _Bottleneck(_ResidualBlock):
         f1, f2, f3 = filters
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         even = kernel_size % 2 == 0
-        # nn.Conv2d pads both sides alike, or "same" at stride 1; what it cannot say the block pads itself
+        # nn.Conv2d pads both sides alike, or "same" at stride 1; what it cannot say the block pads
+        # itself
         padding: int | str = kernel_size // 2 if not even else ("same" if second == 1 else 0)
         self._pads_conv2 = even and second != 1
         self.conv1 = nn.Conv2d(in_channels, f1, 1, first, bias=False)
@@ -219,15 +227,16 @@ class _Bottleneck(_ResidualBlock):
 
 
 class IdentityBlock(_Bottleneck):
-    """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))) + x): the bottleneck whose shortcut is its input.
+    """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))) + x): the bottleneck whose shortcut is
+    its input.
 
     Children: conv1 bn1 conv2 bn2 conv3 bn3, plain nn.Conv2d without bias and nn.BatchNorm2d.
 
     Args:
         in_channels: C of the input [N, C, H, W]; the output has the same shape.
         filters: (F1, F2, F3), output channels of the three convolutions; F3 equals in_channels.
-        kernel_size: side of the middle convolution, padded as Keras's 'same': an even one at the bottom
-            and the right only.
+        kernel_size: side of the middle convolution, padded as Keras's 'same': an even one at the
+            bottom and the right only.
         eps, momentum: BatchNorm's, in torch's sense.
         initializer: see fusedres.nn.init.resolve.
 
@@ -252,24 +261,25 @@ class IdentityBlock(_Bottleneck):
         )
         if filters[2] != in_channels:
             raise ValueError(
-                f"IdentityBlock: filters[2] must equal in_channels {in_channels}, got {filters[2]}; "
-                "a ConvBlock projects its shortcut"
+                f"IdentityBlock: filters[2] must equal in_channels {in_channels}, got "
+                f"{filters[2]}; a ConvBlock projects its shortcut"
             )
 
 
 class ConvBlock(_Bottleneck):
     """The bottleneck whose shortcut is a strided 1x1 convolution with BatchNorm of its own.
 
-    Children: conv1 bn1 conv2 bn2 conv3 bn3 downsample.0 downsample.1, plain nn.Conv2d without bias and
-    nn.BatchNorm2d.
+    Children: conv1 bn1 conv2 bn2 conv3 bn3 downsample.0 downsample.1, plain nn.Conv2d without bias
+    and nn.BatchNorm2d.
 
     Args:
         in_channels: C of the input [N, C, H, W]; the output is [N, F3, OH, OW].
         filters: (F1, F2, F3), output channels of the three convolutions.
-        kernel_size: side of the middle convolution; k - 1 rows and columns of padding, the odd one at the
-            bottom and the right (Keras's 'same').
+        kernel_size: side of the middle convolution; k - 1 rows and columns of padding, the odd one
+            at the bottom and the right (Keras's 'same').
         stride: of the block.
-        stride_in_1x1: put it in conv1 (the original and Keras) rather than in conv2 (torchvision, v1.5).
+        stride_in_1x1: put it in conv1 (the original and Keras) rather than in conv2 (torchvision,
+            v1.5).
         eps, momentum: BatchNorm's, in torch's sense.
         initializer: see fusedres.nn.init.resolve.
 
@@ -309,7 +319,8 @@ class BasicBlock(_ResidualBlock):
 
     Args:
         in_channels, channels: C of the input [N, C, H, W] and K of the output [N, K, OH, OW].
-        stride: of the first convolution and of the projection, which is there where the shape changes.
+        stride: of the first convolution and of the projection, which is there where the shape
+            changes.
         eps, momentum: BatchNorm's, in torch's sense.
         initializer: see fusedres.nn.init.resolve.
     """
@@ -339,7 +350,9 @@ class BasicBlock(_ResidualBlock):
 
 
 class Stage(nn.Sequential):
-    """A sequence of blocks that hands a Deferred from one to the next wherever both sides can take it."""
+    """A sequence of blocks that hands a Deferred from one to the next wherever both sides can take
+    it.
+    """
 
     def forward(self, x: Tensor | Deferred, *, defer: bool = False) -> Tensor | Deferred:
         """[N, C, H, W] -> [N, K, OH, OW]; a Deferred only for a caller that asks by `defer`."""
@@ -351,7 +364,7 @@ class Stage(nn.Sequential):
 
 
 def takes_deferred(module: nn.Module) -> bool:
-    """Whether the module may be handed a Deferred: one of ours, without hooks, that would fuse it."""
+    """Whether the module may be handed a Deferred: one of ours, called as its class is."""
     if not is_untouched(module):
         return False
     if type(module) is Stage:
@@ -360,10 +373,12 @@ def takes_deferred(module: nn.Module) -> bool:
 
 
 def call(module: nn.Module, x: Tensor | Deferred, *, defer: bool) -> Tensor | Deferred:
-    """module(x), by a Deferred on either side only where the module takes part in handing them over."""
+    """module(x), by a Deferred on either side only where the module takes part in handing them
+    over.
+    """
     if takes_deferred(module):
-        return module(x, defer=defer)  # type: ignore[no-any-return]
-    return module(as_tensor(x))  # type: ignore[no-any-return]
+        return module(x, defer=defer)
+    return module(as_tensor(x))
 
 
 def _projection(

@@ -1,8 +1,10 @@
-"""From plain nn.Conv2d and nn.BatchNorm2d children to the ops: arguments, state, and when not to fuse."""
+"""From plain nn.Conv2d and nn.BatchNorm2d children to the ops: arguments, state, and when not to
+fuse.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,9 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def plain_reason(module: nn.Module, name: str) -> str | None:
-    """Why the child `name` must be called as a module, so that its block cannot fuse; None if it can."""
+    """Why the child `name` must be called as a module, so that its block cannot fuse; None if it
+    can.
+    """
     if not isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.MaxPool2d):
         return f"{name} is a {type(module).__name__}"
     if type(module) not in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d):
@@ -60,11 +64,10 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a convolution, also where it says "same" or "valid"."""
     if conv.padding == "valid":
         return 0, 0, 0, 0
-    if conv.padding == "same":
+    if isinstance(conv.padding, str):
         taps = tuple(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
         return same_padding(taps)
     height, width = conv.padding
-    assert isinstance(height, int) and isinstance(width, int)
     return height, height, width, width
 
 
@@ -104,33 +107,32 @@ def apply_conv_bn(
     padding: tuple[int, int, int, int] | None = None,
     emit: bool = False,
 ) -> Deferred | tuple[Deferred, Tensor]:
-    """conv_bn with the parameters, statistics and mode of two modules, as if they had been called."""
+    """conv_bn with the parameters, statistics and mode of two modules, as if called."""
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if counts and bn.momentum is None and bn.num_batches_tracked is not None:
-        momentum = 1.0 / (
-            bn.num_batches_tracked + 1.0
-        )  # cumulative average, without leaving the device
+        # the cumulative average, without leaving the device
+        momentum = 1.0 / (bn.num_batches_tracked + 1.0)
     uses_running = counts or not bn.training
-    result = conv_bn(
+    result: Any = conv_bn(  # type: ignore[call-overload, misc]
         input,
         conv.weight,
         bn.weight,
         bn.bias,
         bn.running_mean if uses_running else None,
         bn.running_var if uses_running else None,
-        stride=conv.stride,  # type: ignore[arg-type]
+        stride=conv.stride,
         padding=padding_of(conv) if padding is None else padding,
-        dilation=conv.dilation,  # type: ignore[arg-type]
+        dilation=conv.dilation,
         groups=conv.groups,
         training=bn.training or bn.running_mean is None,
         momentum=momentum,
         eps=bn.eps,
         residual=residual,
         relu=relu,
-        emit=emit,  # type: ignore[call-overload]
+        emit=emit,
     )
     if counts and bn.num_batches_tracked is not None:
         with torch.no_grad():
             bn.num_batches_tracked.add_(1)
-    return result  # type: ignore[no-any-return]
+    return result

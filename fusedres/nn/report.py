@@ -38,7 +38,8 @@ class Report(list[Row]):
 
 
 def report(model: nn.Module) -> Report:
-    """What runs for each convolution and BatchNorm pair of a model, where it stands and as autocast is now.
+    """What runs for each convolution and BatchNorm pair of a model, where it stands and as autocast
+    is now.
 
     Args:
         model: any module; its fusedres blocks are listed.

@@ -1,4 +1,5 @@
-"""The contract of each op: checks, schema, fake, autograd Function, public function, kernel look-up.
+"""The contract of each op: checks, schema, fake, autograd Function, public function, kernel
+look-up.
 
 The tensors that an op hands to a kernel are checked, on one device, dense and in one memory format.
 """

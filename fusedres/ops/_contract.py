@@ -1,7 +1,8 @@
-"""The checks every op makes before anything runs, and the dtype, format and running-statistics rules they share.
+"""The checks every op makes before anything runs, and the dtype, format and running-statistics
+rules they share.
 
-A check that fails raises TypeError (what a thing is: type, dtype, layout) or ValueError (its value: shape,
-device, range) and names the op, the argument, what came and what is accepted.
+A check that fails raises TypeError (what a thing is: type, dtype, layout) or ValueError (its value:
+shape, device, range) and names the op, the argument, what came and what is accepted.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def check_residual(
 def check_join(
     op: str, residual: object, x: Tensor, shape: tuple[int, ...]
 ) -> Tensor | Deferred | None:
-    """An op's residual argument, cast where autocast is on, against the output shape it is to join."""
+    """An op's residual argument, cast where autocast is on, against the shape it joins."""
     if isinstance(residual, Tensor) and autocast_on(x) and residual.is_floating_point():
         residual = residual.to(compute_dtype(residual))
     check_residual(op, "residual", residual, x, shape, compute_dtype(x))
@@ -199,7 +200,9 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype an op computes in: autocast's where it is on (float64 excepted, as in torch), else x's own."""
+    """The dtype an op computes in: autocast's where it is on (float64 excepted, as in torch), else
+    x's own.
+    """
     if x.dtype != torch.float64 and autocast_on(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -216,7 +219,9 @@ def check_count(op: str, y_shape: tuple[int, ...], training: bool) -> None:
 
 @torch.no_grad()
 def update_running(bn: BatchNorm, mean: Tensor, var: Tensor, y: Tensor) -> None:
-    """Move the running statistics towards this batch's mean and unbiased var, in place, on the device."""
+    """Move the running statistics towards this batch's mean and unbiased var, in place, on the
+    device.
+    """
     count = elements_per_channel(y)
     if not bn.training or bn.running_mean is None or bn.running_var is None or count == 0:
         return

@@ -1,4 +1,6 @@
-"""add_relu: relu(x + residual) in one pass, for use on its own; within a network conv_bn absorbs it."""
+"""add_relu: relu(x + residual) in one pass, for use on its own; within a network conv_bn absorbs
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,11 @@ library.define("add_relu_bwd(Tensor grad, Tensor out, str backend) -> Tensor")
 
 
 def _fwd(x: Tensor, residual: Tensor, backend: str) -> Tensor:
-    return backends.kernels(backend, "add_relu").add_relu_fwd(x, residual)  # type: ignore[no-any-return]
+    return backends.kernels(backend, "add_relu").add_relu_fwd(x, residual)
 
 
 def _bwd(grad: Tensor, out: Tensor, backend: str) -> Tensor:
-    return backends.kernels(backend, "add_relu").add_relu_bwd(grad, out)  # type: ignore[no-any-return]
+    return backends.kernels(backend, "add_relu").add_relu_bwd(grad, out)
 
 
 library.impl("add_relu_fwd", _fwd, "CompositeExplicitAutograd")
@@ -41,15 +43,15 @@ class AddReluFunction(torch.autograd.Function):
     """x, residual, backend -> out. Saves the output; one gradient serves both inputs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:
         out = torch.ops.fusedres.add_relu_fwd(x, residual, backend)
         ctx.save_for_backward(out)
         ctx.backend = backend
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         dx = torch.ops.fusedres.add_relu_bwd(as_stored(grad, out), out, ctx.backend)
         return dx, dx, None
@@ -69,11 +71,13 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """relu(x + residual), the join of a residual block; NaN stays NaN.
 
     Args:
-        x: a tensor of any shape in fp32, fp16, bf16 or fp64; autocast's dtype is used where autocast is on.
+        x: a tensor of any shape in fp32, fp16, bf16 or fp64; autocast's dtype is used where
+            autocast is on.
         residual: the same shape, dtype (autocast aside) and device.
 
     Returns:
-        The shape of x; for 4-d x in channels_last or NCHW as x is (channels_last on a GPU), else contiguous.
+        The shape of x; for 4-d x in channels_last or NCHW as x is (channels_last on a GPU), else
+        contiguous.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named.
@@ -90,4 +94,4 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     x = contract.dense(x, memory_format_of(x)) if x.dim() == 4 else x.contiguous()
     if choice.backend == "reference" or torch.compiler.is_exporting():
         return reference_add_relu(x, residual)
-    return AddReluFunction.apply(x, as_stored(residual, x), choice.backend)  # type: ignore[no-any-return]
+    return AddReluFunction.apply(x, as_stored(residual, x), choice.backend)

@@ -1,4 +1,6 @@
-"""batch_norm: the statistics of a tensor that is already in memory, as a Deferred; conv_bn without the convolution."""
+"""batch_norm: the statistics of a tensor that is already in memory, as a Deferred; conv_bn without
+the convolution.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from fusedres.reference.batch_norm import batch_norm as reference_batch_norm
 
 library.define(
     "batch_norm_fwd(Tensor y, Tensor? bn_weight, Tensor? running_mean, Tensor? running_var,"
-    " bool training, float eps, str backend) -> (Tensor mean, Tensor var, Tensor rstd, Tensor scale)"
+    " bool training, float eps, str backend)"
+    " -> (Tensor mean, Tensor var, Tensor rstd, Tensor scale)"
 )
 library.define(
     "batch_norm_bwd(Tensor g, Tensor y, Tensor mean, Tensor scale, Tensor rstd, Tensor sums,"
@@ -36,7 +39,9 @@ def statistics(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, biased var, rstd and scale of y: fresh [C] tensors, copies where the statistics are frozen."""
+    """mean, biased var, rstd and scale of y: fresh [C] tensors, copies where the statistics are
+    frozen.
+    """
     dtype = stat_dtype(y.dtype)
     if training:
         mean, var = backends.kernels(backend, "batch_norm").batch_norm_stats(y)
@@ -59,7 +64,7 @@ def _bwd(
     backend: str,
 ) -> Tensor:
     kernel = backends.kernels(backend, "batch_norm").batch_norm_bwd
-    return kernel(g, y, mean, scale, rstd, sums, training)  # type: ignore[no-any-return]
+    return kernel(g, y, mean, scale, rstd, sums, training)
 
 
 def statistics_fake(y: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,18 +83,20 @@ torch.library.register_fake("fusedres::batch_norm_bwd", lambda g, y, *_: torch.e
 
 
 def upstream(op: str, g: Tensor | None, sums: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient pair that reached a Deferred, dense as y; zeros where only the emitted activation was used.
+    """The gradient pair that reached a Deferred, dense as y; zeros where only the emitted
+    activation was used.
 
     Raises:
-        RuntimeError: one of the two is missing, so y was read by something other than fusedres' ops.
+        RuntimeError: one of the two is missing, so y was read by something other than fusedres'
+            ops.
     """
     if g is None and sums is None:
         g = torch.zeros_like(y)
         return g, y.new_zeros(2, y.size(1), dtype=stat_dtype(y.dtype))
     if g is None or sums is None:
         raise RuntimeError(
-            f"{op}: a gradient reached Deferred.y without its sums, so y was used directly; its gradient "
-            "is not dL/dy: read a Deferred through .value() or another fusedres op"
+            f"{op}: a gradient reached Deferred.y without its sums, so y was used directly; its "
+            "gradient is not dL/dy: read a Deferred through .value() or another fusedres op"
         )
     return contract.dense(g, memory_format_of(y)), sums.contiguous()
 
@@ -104,10 +111,12 @@ def parameter_gradients(
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """y, weight, bias, running_mean, running_var, training, eps, backend -> y, sums, mean, var, scale."""
+    """y, weight, bias, running_mean, running_var, training, eps, backend -> y, sums, mean, var,
+    scale.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         weight: Tensor | None,
@@ -129,7 +138,7 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, g: Tensor | None, sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         y, mean, rstd, scale, weight, bias = ctx.saved_tensors
@@ -158,7 +167,8 @@ def batch_norm(
     residual: Tensor | Deferred | None = None,
     relu: bool = True,
 ) -> Deferred:
-    """BatchNorm of a Tensor, deferred: takes the statistics, leaves the rest to what reads the Deferred.
+    """BatchNorm of a Tensor, deferred: takes the statistics, leaves the rest to what reads the
+    Deferred.
 
     Args:
         y: [N, C, H, W] in fp32, fp16, bf16 or fp64; autocast's dtype is used where autocast is on.
@@ -167,16 +177,16 @@ def batch_norm(
         training: normalise by this batch's mean and biased variance.
         momentum: a number, or a 0-d tensor on y's device.
         eps: added to the variance.
-        residual: what joins before the activation of the result: a Tensor of its shape, or a Deferred
-            without ReLU and without a residual of its own.
+        residual: what joins before the activation of the result: a Tensor of its shape, or a
+            Deferred without ReLU and without a residual of its own.
         relu: whether the activation ends in ReLU.
 
     Returns:
         Deferred over y, in channels_last or NCHW as y is (channels_last on a GPU).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; one value
-            per channel in training.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; one
+            value per channel in training.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
     op = "batch_norm"
@@ -204,5 +214,7 @@ def batch_norm(
 
 
 def affine_bias(bn: contract.BatchNorm, mean: Tensor) -> Tensor:
-    """BatchNorm's bias as a Deferred carries it: outside autograd, its gradient comes from the sums."""
+    """BatchNorm's bias as a Deferred carries it: outside autograd, its gradient comes from the
+    sums.
+    """
     return torch.zeros_like(mean) if bn.bias is None else bn.bias.detach().to(mean.dtype)

@@ -1,4 +1,4 @@
-"""bn_act: materialise a Deferred: one pass for normalisation, residual add and ReLU, one pass back."""
+"""bn_act: materialise a Deferred, normalisation, residual add and ReLU in one pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fusedres.reference.bn_act import bn_act as reference_bn_act
 # --- the ops: schema, kernel look-up, fake --------------------------------------------------------
 
 library.define(
-    "bn_act_fwd(Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual, Tensor? res_mean,"
-    " Tensor? res_scale, Tensor? res_bias, bool relu, str backend) -> Tensor"
+    "bn_act_fwd(Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual,"
+    " Tensor? res_mean, Tensor? res_scale, Tensor? res_bias, bool relu, str backend) -> Tensor"
 )
 library.define(
     "bn_act_bwd(Tensor grad, Tensor? a, Tensor y, Tensor mean, Tensor? res_y, Tensor? res_mean,"
@@ -40,7 +40,7 @@ def _fwd(
     backend: str,
 ) -> Tensor:
     kernel = backends.kernels(backend, "bn_act").bn_act_fwd
-    return kernel(y, mean, scale, bias, residual, res_mean, res_scale, res_bias, relu)  # type: ignore[no-any-return]
+    return kernel(y, mean, scale, bias, residual, res_mean, res_scale, res_bias, relu)
 
 
 def _bwd(
@@ -77,10 +77,12 @@ torch.library.register_fake("fusedres::bn_act_bwd", _bwd_fake)
 
 
 class BnActFunction(torch.autograd.Function):
-    """Inputs: the fields of a Deferred, then the backend. Saves y, mean, and the output where ReLU is on."""
+    """Inputs: the fields of a Deferred, then the backend. Saves y, mean, and the output where ReLU
+    is on.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         sums: Tensor | None,
@@ -102,11 +104,11 @@ class BnActFunction(torch.autograd.Function):
         ctx.save_for_backward(y, mean, a if relu else None, res_y, res_mean)
         ctx.backend = backend
         ctx.has_residual = residual is not None
-        return a  # type: ignore[no-any-return]
+        return a
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, a, res_y, res_mean = ctx.saved_tensors
         grad = contract.dense(grad, memory_format_of(y))
         g, sums, res_sums = torch.ops.fusedres.bn_act_bwd(
@@ -144,13 +146,16 @@ def bn_act(input: Deferred) -> Tensor:
     input = settle("bn_act", input, backend)
     if backend == "reference" or input.is_ordinary():
         return reference_value(input)
-    return BnActFunction.apply(*flatten(input), input.relu, backend)  # type: ignore[no-any-return]
+    return BnActFunction.apply(*flatten(input), input.relu, backend)
 
 
 def reference_value(d: Deferred) -> Tensor:
     """The value by plain torch under ordinary autograd."""
     r = d.residual
-    joined = (r.y, r.mean, r.scale, r.bias) if isinstance(r, Deferred) else (r, None, None, None)
+    if isinstance(r, Deferred):
+        joined = (r.y, r.mean, r.scale, r.bias)
+    else:
+        joined = (r, None, None, None)  # type: ignore[assignment]
     return reference_bn_act(d.y, d.mean, d.scale, d.bias, *joined, d.relu)
 
 
@@ -164,8 +169,8 @@ def settle(op: str, d: Deferred, backend: str) -> Deferred:
     carriers = [d.sums, r.sums if isinstance(r, Deferred) else None]
     if backend == "reference" and any(s is not None and s.requires_grad for s in carriers):
         raise RuntimeError(
-            f"{op}: backend 'reference' runs under ordinary autograd and cannot read a Deferred made "
-            "by another backend; call .value() on it within that backend's scope"
+            f"{op}: backend 'reference' runs under ordinary autograd and cannot read a Deferred "
+            "made by another backend; call .value() on it within that backend's scope"
         )
     if isinstance(r, Deferred) and r.is_ordinary() != d.is_ordinary() and backend != "reference":
         r = bn_act(r)  # one side runs through plain autograd: join as a Tensor
@@ -180,8 +185,9 @@ def settle(op: str, d: Deferred, backend: str) -> Deferred:
 def _dense(
     d: Deferred, memory_format: torch.memory_format, r: Tensor | Deferred | None
 ) -> Deferred:
-    vectors = (v.contiguous() for v in (d.mean, d.scale, d.bias))
-    return Deferred(contract.dense(d.y, memory_format), *vectors, r, d.relu, d.sums)
+    mean, scale, bias = (v.contiguous() for v in (d.mean, d.scale, d.bias))
+    y = contract.dense(d.y, memory_format)
+    return Deferred(y, mean, scale, bias, r, d.relu, d.sums)
 
 
 def flatten(d: Deferred) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,6 @@
-"""bn_relu_maxpool: the stem's normalisation, ReLU and max pooling, without writing the activation between them."""
+"""bn_relu_maxpool: the stem's normalisation, ReLU and max pooling, without writing the activation
+between them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from fusedres.reference.bn_relu_maxpool import bn_relu_maxpool as reference_bn_r
 # --- the ops: schema, kernel look-up, fake --------------------------------------------------------
 
 library.define(
-    "bn_relu_maxpool_fwd(Tensor y, Tensor mean, Tensor scale, Tensor bias, int kernel_size, int stride,"
-    " int padding, str backend) -> Tensor"
+    "bn_relu_maxpool_fwd(Tensor y, Tensor mean, Tensor scale, Tensor bias, int kernel_size,"
+    " int stride, int padding, str backend) -> Tensor"
 )
 library.define(
     "bn_relu_maxpool_bwd(Tensor grad, Tensor y, Tensor mean, Tensor scale, Tensor bias,"
@@ -39,7 +41,7 @@ def _fwd(
     backend: str,
 ) -> Tensor:
     kernel = backends.kernels(backend, "bn_relu_maxpool").bn_relu_maxpool_fwd
-    return kernel(y, mean, scale, bias, kernel_size, stride, padding)  # type: ignore[no-any-return]
+    return kernel(y, mean, scale, bias, kernel_size, stride, padding)
 
 
 def _bwd(
@@ -54,7 +56,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     kernel = backends.kernels(backend, "bn_relu_maxpool").bn_relu_maxpool_bwd
-    return kernel(grad, y, mean, scale, bias, kernel_size, stride, padding)  # type: ignore[no-any-return]
+    return kernel(grad, y, mean, scale, bias, kernel_size, stride, padding)
 
 
 def _pooled(size: int, kernel_size: int, stride: int, padding: int) -> int:
@@ -89,10 +91,12 @@ torch.library.register_fake(
 
 
 class BnReluMaxpoolFunction(torch.autograd.Function):
-    """y, sums, mean, scale, bias, kernel_size, stride, padding, backend -> p. Saves its inputs, no indices."""
+    """y, sums, mean, scale, bias, kernel_size, stride, padding, backend -> p. Saves its inputs, no
+    indices.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         sums: Tensor | None,
@@ -106,13 +110,13 @@ class BnReluMaxpoolFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(y, mean, scale, bias)
         ctx.config = (kernel_size, stride, padding, backend)
-        return torch.ops.fusedres.bn_relu_maxpool_fwd(  # type: ignore[no-any-return]
+        return torch.ops.fusedres.bn_relu_maxpool_fwd(
             y, mean, scale, bias, kernel_size, stride, padding, backend
         )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, scale, bias = ctx.saved_tensors
         grad = contract.dense(grad, memory_format_of(y))
         g, sums = torch.ops.fusedres.bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *ctx.config)
@@ -130,7 +134,8 @@ def bn_relu_maxpool(
     Among equal maxima of a window the first in row-major order takes the gradient, as in torch.
 
     Args:
-        input: a Deferred over y [N, C, H, W] in fp32, fp16, bf16 or fp64, with ReLU, without residual.
+        input: a Deferred over y [N, C, H, W] in fp32, fp16, bf16 or fp64, with ReLU, without
+            residual.
         kernel_size: side of the window, 1 to 15.
         stride: step of the window, at least 1.
         padding: on every side, at most half of kernel_size; never wins.
@@ -139,8 +144,8 @@ def bn_relu_maxpool(
         [N, C, OH, OW] in y's dtype and memory format (channels_last on a GPU).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a window
-            larger than the padded input.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a
+            window larger than the padded input.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
     op = "bn_relu_maxpool"
@@ -171,6 +176,6 @@ def bn_relu_maxpool(
     tensors = (d.y, d.mean, d.scale, d.bias)
     if backend == "reference" or d.is_ordinary():
         return reference_bn_relu_maxpool(*tensors, kernel_size, stride, padding)
-    return BnReluMaxpoolFunction.apply(  # type: ignore[no-any-return]
+    return BnReluMaxpoolFunction.apply(
         d.y, d.sums, d.mean, d.scale, d.bias, kernel_size, stride, padding, backend
     )

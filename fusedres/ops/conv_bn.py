@@ -1,4 +1,6 @@
-"""conv_bn: one autograd node for a convolution, the activation in front of it and the statistics behind it."""
+"""conv_bn: one autograd node for a convolution, the activation in front of it and the statistics
+behind it.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ library.define(
 )
 library.define(
     f"conv_bn_bwd({_SOURCE}, {_CONV}, Tensor? a, Tensor g, Tensor sums, Tensor? grad_a, Tensor y,"
-    " Tensor y_mean, Tensor y_scale, Tensor y_rstd, bool training, bool need_input, bool need_weight,"
-    " str backend, str plan) -> (Tensor g_in, Tensor in_sums, Tensor res_sums, Tensor dweight)"
+    " Tensor y_mean, Tensor y_scale, Tensor y_rstd, bool training, bool need_input,"
+    " bool need_weight, str backend, str plan)"
+    " -> (Tensor g_in, Tensor in_sums, Tensor res_sums, Tensor dweight)"
 )
 
 
@@ -215,15 +218,16 @@ class _Config(NamedTuple):
 
 
 class ConvBNFunction(torch.autograd.Function):
-    """The ten tensors of the input, weight, BatchNorm's four, config -> y, sums, mean, var, scale, emitted.
+    """The ten tensors of the input, weight, BatchNorm's four, config -> y, sums, mean, var, scale,
+    emitted.
 
-    Saved: the input and its vectors; the activation if and only if it was emitted (the residual is then
-    not saved); a Deferred residual's y and mean; own y, mean, scale, rstd; the weight as the parameter
-    holds it, never its low-precision copy.
+    Saved: the input and its vectors; the activation if and only if it was emitted (the residual is
+    then not saved); a Deferred residual's y and mean; own y, mean, scale, rstd; the weight as the
+    parameter holds it, never its low-precision copy.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         x_sums: Tensor | None,
@@ -298,7 +302,7 @@ class ConvBNFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any,
         g: Tensor | None,
         sums: Tensor | None,
@@ -464,13 +468,13 @@ def conv_bn(
 ) -> Deferred | tuple[Deferred, Tensor]:
     """Convolution of an activation and the BatchNorm of its output, deferred.
 
-    The input's own normalisation, residual add and ReLU run on the way in, the statistics of the output
-    on the way out (cuDNN calls the parts scale-bias-activation-convolution and genstats); what the
-    Deferred stands for is computed by whatever reads it.
+    The input's own normalisation, residual add and ReLU run on the way in, the statistics of the
+    output on the way out (cuDNN calls the parts scale-bias-activation-convolution and genstats);
+    what the Deferred stands for is computed by whatever reads it.
 
     Args:
-        input: Tensor [N, C, H, W], or a Deferred of that shape; fp32, fp16, bf16 or fp64. Where autocast
-            is on, its dtype is used and weight is cast on the way.
+        input: Tensor [N, C, H, W], or a Deferred of that shape; fp32, fp16, bf16 or fp64. Where
+            autocast is on, its dtype is used and weight is cast on the way.
         weight: [K, C / groups, R, S]; without autocast of the input's dtype.
         bn_weight, bn_bias: [K], any floating dtype; None stands for ones and zeros.
         running_mean, running_var: [K], moved in place by `momentum` if training; read if not.
@@ -480,8 +484,8 @@ def conv_bn(
         training: normalise by this batch's mean and biased variance.
         momentum: a number, or a 0-d tensor on the input's device.
         eps: added to the variance.
-        residual: what joins before the activation of the result: a Tensor of its shape, or a Deferred
-            without ReLU and without a residual of its own.
+        residual: what joins before the activation of the result: a Tensor of its shape, or a
+            Deferred without ReLU and without a residual of its own.
         relu: whether the activation that the result stands for ends in ReLU.
         emit: also return the input's value, which a shortcut reads; for a Deferred only with a 1x1
             kernel, stride 1 and no padding, where one kernel can write it exactly once.
@@ -491,8 +495,8 @@ def conv_bn(
         Both in the input's memory format (channels_last on a GPU).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a kernel
-            larger than the padded input; one value per channel in training.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a
+            kernel larger than the padded input; one value per channel in training.
         RuntimeError: the backend or plan asked for by name cannot serve these tensors.
     """
     op = "conv_bn"
@@ -530,7 +534,7 @@ def conv_bn(
     dtype = contract.compute_dtype(x)
     if weight.dtype != dtype and not contract.autocast_on(x):
         raise TypeError(
-            f"{op}: weight must be {dtype} as the input, got {weight.dtype}; cast one, or use autocast"
+            f"{op}: weight must be {dtype} as the input, got {weight.dtype}; or use autocast"
         )
     choice = backends.choose(op, x.device.type, dtype)
     backend = "reference" if torch.compiler.is_exporting() else choice.backend
