@@ -41,12 +41,12 @@ def error(result: Tensor, truth: Tensor, trim: float = 0.0) -> float:
     if result.shape != truth.shape:
         return float("inf")
     order = float("inf") if result.dtype == torch.float64 else 2
-    wide = result.detach().to(torch.float64)
+    wide, truth = result.detach().to(torch.float64), truth.detach()
     if not torch.equal(wide.isnan(), truth.isnan()):
         return float("inf")
     off = (wide - truth).nan_to_num().abs().flatten().sort().values
     difference = torch.linalg.vector_norm(off[: off.numel() - int(trim * off.numel())], order)
-    norm = torch.linalg.vector_norm(truth.detach().nan_to_num(), order)
+    norm = torch.linalg.vector_norm(truth.nan_to_num(), order)
     if norm == 0:
         return float(difference)
     return float(difference / norm)
