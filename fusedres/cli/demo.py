@@ -1,0 +1,341 @@
+"""fusedres demo: train ResNet-50 on handwritten digits, fused and unfused, and compare the two."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import io
+import json
+import os
+import platform
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedres._version import __version__
+from fusedres.bench import Comparison, Workload, compare, timer_for, training_step
+from fusedres.bench.providers import autocast, unfuse_in_place
+from fusedres.cli import _digits
+from fusedres.cli._command import Command, UserError
+from fusedres.cli._digits import Parity, Training
+from fusedres.nn import report
+
+EPOCHS, BATCH_SIZE, SEED = 4, 64, 0
+ACCURACY_LIMIT = 0.95  # what a run with the defaults has to reach
+NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything a run does."""
+
+    epochs: int
+    train_images: int
+    test_images: int
+    timing: Workload
+    rounds: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument(
+        "--epochs",
+        type=_at_least(1),
+        help=f"times through the training images (default {EPOCHS}, with --quick 1)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_at_least(2),  # BatchNorm needs more than one value per channel
+        default=BATCH_SIZE,
+        help="images per training step (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="of weights and batches (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fusedres-demo"),
+        help="folder for loss.png and demo.json (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: a GPU if there is one)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one epoch on few images, with little timing: to see that it works",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train twice, check parity, time both, write the figure and the numbers."""
+    _check_extras()
+    device = _device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    scale = _scale(args, device, dtype)
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "data and model"):
+        digits = _digits.load(device, scale.train_images, scale.test_images)
+        fused = _digits.initial_model(args.seed, device, torch.float32)
+        unfused = unfuse_in_place(copy.deepcopy(fused))
+    backend = _what_runs(fused, device, dtype)
+    _say(
+        f"FusedResNet50 on handwritten digits: {scale.train_images} images of "
+        f"{_digits.SIZE}x{_digits.SIZE} to train on, {scale.test_images} to test on"
+    )
+    _say(f"device         {_device_name(device)}, {_name(dtype)}, channels_last")
+    _say(f"backend        {backend}")
+
+    trained: dict[str, Training] = {}
+    for name, model in (("fused", fused), ("unfused", unfused)):
+        with _timed(seconds, f"training, {name}"):
+            trained[name] = _digits.train(
+                model,
+                digits,
+                epochs=scale.epochs,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                dtype=dtype,
+                name=f"training, {name}",
+            )
+    accuracies = {name: t.test_accuracy for name, t in trained.items()}
+    _say(f"test accuracy  fused {accuracies['fused']:.1%}, unfused {accuracies['unfused']:.1%}")
+
+    with _timed(seconds, "parity"):
+        parity = _digits.parity(digits, args.seed)
+    _say(
+        f"parity         {'PASS' if parity.passed else 'FAIL'}: float64, {parity.steps} optimizer "
+        f"steps, largest relative loss difference {parity.difference:.1e} "
+        f"(limit {parity.limit:.0e})"
+    )
+    with _timed(seconds, "step time"):
+        providers = [training_step(name, scale.timing) for name in ("fused", "unfused")]
+        times = compare(
+            {p.name: p.run for p in providers}, rounds=scale.rounds, timer=timer_for(device)
+        )
+    for line in _step_time_lines(times, scale):
+        _say(line)
+
+    lowest = min(accuracies.values())
+    learnt = lowest >= ACCURACY_LIMIT or not _by_default(args, scale)
+    if not learnt:
+        _say(f"FAIL: test accuracy {lowest:.1%}, expected at least {ACCURACY_LIMIT:.0%}")
+    passed = parity.passed and learnt
+    with _timed(seconds, "figure"):
+        losses = {name: t.losses for name, t in trained.items()}
+        write_atomically(args.out / "loss.png", loss_figure(losses, _name(dtype), parity))
+    results = {
+        "passed": passed,
+        "config": {
+            "epochs": scale.epochs,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+            "quick": args.quick,
+            "device": device.type,
+            "dtype": _name(dtype),
+            "train_images": scale.train_images,
+            "test_images": scale.test_images,
+            "learning_rate": _digits.LEARNING_RATE,
+        },
+        "device": _device_name(device),
+        "backend": backend,
+        "test_accuracy": accuracies,
+        "losses": losses,
+        "parity": {**asdict(parity), "passed": parity.passed},
+        "step_time": _step_time_numbers(times, scale),
+        "seconds": {part: round(s, 3) for part, s in seconds.items()},
+        "versions": _versions(),
+    }
+    write_atomically(args.out / "demo.json", (json.dumps(results, indent=2) + "\n").encode())
+    _say(f"written        {args.out / 'loss.png'}, {args.out / 'demo.json'}")
+    _say(f"time           {sum(seconds.values()):.0f} s")
+    return 0 if passed else 1
+
+
+def loss_figure(losses: dict[str, list[float]], dtype: str, parity: Parity) -> bytes:
+    """The loss of every training step, one curve per name, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
+    above_caption = ConstrainedLayoutEngine(rect=(0, 0.14, 1, 0.86))
+    figure = Figure(figsize=(8, 5.2), dpi=120, layout=above_caption)
+    axes = figure.subplots()
+    for (name, values), style in zip(losses.items(), ("-", "--"), strict=True):
+        axes.plot(range(1, len(values) + 1), values, style, linewidth=1.6, label=name)
+    axes.set(
+        yscale="log",
+        xlabel="training step",
+        ylabel="training loss (cross-entropy)",
+        title="ResNet-50 on handwritten digits: same weights, same batches",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    caption = (
+        "The curves start together, then part chaotically: each step magnifies the rounding "
+        "differences of the steps before it, as between any two correct implementations in "
+        f"{dtype}. The check in float64 is exact but for its own rounding: over {parity.steps} "
+        f"steps the losses differ by at most {parity.difference:.0e} of their value."
+    )
+    figure.text(0.02, 0.02, textwrap.fill(caption, 115), fontsize=9, va="bottom")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the whole new one, also when interrupted."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _at_least(minimum: int) -> Any:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be an integer from {minimum} up, got {text!r}")
+        return value
+
+    return integer
+
+
+def _check_extras() -> None:
+    missing = []
+    for module, package in NEEDS.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise UserError(
+            f'demo needs {", ".join(missing)}; install with: pip install "fusedres[demo]"'
+        )
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no CUDA device here; try --device cpu")
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    return torch.device(name)
+
+
+def _scale(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Scale:
+    if args.quick:
+        return Scale(args.epochs or 1, 128, 60, Workload(2, 32, dtype, device.type), rounds=3)
+    if device.type == "cuda":
+        timing, rounds = Workload(64, 224, dtype, device.type), 30
+    else:
+        timing, rounds = Workload(16, 112, dtype, device.type), 7
+    return Scale(args.epochs or EPOCHS, 1437, 360, timing, rounds)
+
+
+def _by_default(args: argparse.Namespace, scale: Scale) -> bool:
+    """Whether this run trains as one without options does, and so has to reach its accuracy."""
+    chosen = (scale.epochs, args.batch_size, args.seed, args.quick)
+    return chosen == (EPOCHS, BATCH_SIZE, SEED, False)
+
+
+def _what_runs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """One line of what `report` says of the model."""
+    try:
+        with autocast(device, dtype):
+            rows = report(model)
+    except RuntimeError as error:  # a backend asked for by name that cannot serve
+        raise UserError(str(error)) from None
+    names = ", ".join(sorted({row.backend for row in rows}))
+    fused = sum(row.runs == "fused" for row in rows)
+    reasons = sorted({row.reason for row in rows if row.reason})
+    return f"{names}: {fused} of {len(rows)} layers fused" + "".join(f"; {r}" for r in reasons)
+
+
+def _step_time_lines(times: Comparison, scale: Scale) -> Iterator[str]:
+    """The ratio; on a GPU the milliseconds too, which on a CPU say more about the machine's day."""
+    paired = times.paired_ratio("fused", "unfused")
+    yield (
+        f"step time      fused / unfused {times.ratio('fused', 'unfused'):.2f} "
+        f"(p20 {paired.p20:.2f}, p80 {paired.p80:.2f} over {scale.rounds} interleaved rounds; "
+        f"eager, {scale.timing})"
+    )
+    if scale.timing.device == "cuda":
+        for name in times.seconds:
+            s = times.spread(name)
+            yield (
+                f"  {name:12} {s.median * 1e3:.2f} ms "
+                f"(p20 {s.p20 * 1e3:.2f}, p80 {s.p80 * 1e3:.2f})"
+            )
+
+
+def _step_time_numbers(times: Comparison, scale: Scale) -> dict[str, Any]:
+    return {
+        "workload": str(scale.timing),
+        "rounds": scale.rounds,
+        "seconds": {name: asdict(times.spread(name)) for name in times.seconds},
+        "fused_over_unfused": {
+            "ratio_of_medians": times.ratio("fused", "unfused"),
+            "within_rounds": asdict(times.paired_ratio("fused", "unfused")),
+        },
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, threads: {torch.get_num_threads()}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # at once, also into a file: the parts take their time
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    modules = {name: importlib.import_module(name) for name in NEEDS}
+    found = {NEEDS[name]: str(module.__version__) for name, module in modules.items()}
+    return {
+        "fusedres": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **found,
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
+
+
+COMMAND = Command(
+    "demo",
+    "train ResNet-50 on handwritten digits, fused and unfused, and compare them",
+    add_arguments,
+    run,
+)
