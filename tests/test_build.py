@@ -4,6 +4,7 @@ Tests of the sources skip where the tests run without their checkout, tests of C
 extension was built without it.
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -50,6 +51,10 @@ def includes():
 
 def tool_output(tool, *args):
     path = shutil.which(tool)
+    triton = importlib.util.find_spec("triton")  # its wheel brings CUDA's binary tools along
+    if path is None and triton and triton.origin:
+        folder = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+        path = shutil.which(tool, path=str(folder))
     if path is None:
         pytest.skip(f"{tool} is not installed")
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout

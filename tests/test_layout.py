@@ -103,13 +103,3 @@ def test_c_sources_and_tests_carry_the_names_of_ops() -> None:
         assert kernels <= headers, kind
     assert public_stems(SOURCE / "csrc" / "cpu", "*.cpp") <= ops
     assert public_stems(PACKAGE / "native") <= headers
-
-
-@pytest.mark.skipif(not (SOURCE / "csrc").is_dir(), reason="needs the source tree")
-def test_no_torch_header_under_csrc_and_python_in_one_file() -> None:
-    for path in (SOURCE / "csrc").rglob("*.*"):
-        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
-        for line in includes:
-            assert not any(word in line for word in ("torch/", "ATen", "c10")), f"{path}: {line}"
-            python = any(word in line for word in ("pybind11", "Python.h"))
-            assert not python or path.name == "bindings.cpp", f"{path}: {line}"
