@@ -17,7 +17,9 @@ from fusedres.models import FusedResNet50
 
 CLASSES = 10
 SIZE = 32  # pixels; the digits come as 8x8
-LEARNING_RATE = 1e-3  # AdamW's, at the start; it falls to zero along half a cosine
+LEARNING_RATE = (
+    1e-3  # AdamW's, at its peak: it rises for a quarter of the steps, then falls to zero
+)
 PARITY_STEPS = 3
 PARITY_BATCH = 8
 # Plain SGD's. The gradient of a new network has a norm of thousands here, so that even this moves
@@ -79,10 +81,12 @@ def load(device: torch.device, train: int = 1437, test: int = 360) -> Digits:
     return Digits(images[train_index], labels[train_index], images[test_index], labels[test_index])
 
 
-def initial_model(seed: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def initial_model(
+    seed: int, device: torch.device, dtype: torch.dtype, zero_init_residual: bool
+) -> nn.Module:
     """FusedResNet50 for ten classes; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = FusedResNet50(CLASSES, variant="torchvision")
+    model = FusedResNet50(CLASSES, variant="torchvision", zero_init_residual=zero_init_residual)
     return model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -111,7 +115,7 @@ def train(
     batch_size = min(batch_size, count)
     steps = epochs * (count // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     losses: list[float] = []
     start = time.perf_counter()
     with tqdm(total=steps, desc=name, unit="step", mininterval=0.5) as bar:
@@ -156,7 +160,8 @@ def parity(digits: Digits, seed: int) -> Parity:
     Both start from the same weights and take PARITY_STEPS steps of SGD on the same batches; their
     losses are compared before each step and after the last.
     """
-    fused = initial_model(seed, digits.train_images.device, torch.float64)
+    # No branch starts at zero, so that every parameter has a gradient from the first step on.
+    fused = initial_model(seed, digits.train_images.device, torch.float64, False)
     unfused = unfuse_in_place(copy.deepcopy(fused))
     pairs = zip(_fp64_losses(fused, digits), _fp64_losses(unfused, digits), strict=True)
     off = [abs(ours - plain) / abs(plain) for ours, plain in pairs]

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     with _timed(seconds, "data and model"):
         digits = _digits.load(device, scale.train_images, scale.test_images)
-        fused = _digits.initial_model(args.seed, device, torch.float32)
+        fused = _digits.initial_model(args.seed, device, torch.float32, zero_init_residual=True)
         unfused = unfuse_in_place(copy.deepcopy(fused))
     backend = _what_runs(fused, device, dtype)
     _say(
