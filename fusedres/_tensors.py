@@ -22,8 +22,10 @@ def stored_format(x: Tensor) -> torch.memory_format:
     """channels_last or contiguous (NCHW), by x's strides, so that an image of one channel keeps its
     format.
     """
-    if x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
+    if x.stride(1) == 1:
+        dense = x.is_contiguous(memory_format=torch.channels_last)
+        if dense or (x.stride(3) >= x.size(1) > 1 and x.stride(2) >= x.stride(3)):  # a crop is not
+            return torch.channels_last
     return torch.contiguous_format
 
 

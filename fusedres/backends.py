@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -68,6 +67,9 @@ class Choice:
 
 _backend_scope: ContextVar[str] = ContextVar("fusedres_backend", default="")
 _plan_scope: ContextVar[str] = ContextVar("fusedres_plan", default="auto")
+# What the scopes hold, once more, where torch.compile sees it: Dynamo can neither trace nor guard a
+# ContextVar, but recompiles when a value of this dict changes.
+_traced = {"backend": "", "plan": "auto"}
 
 
 def _checked(name: str, accepted: tuple[str, ...], what: str) -> str:
@@ -76,23 +78,40 @@ def _checked(name: str, accepted: tuple[str, ...], what: str) -> str:
     return name
 
 
-def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+class _Scope(contextlib.ContextDecorator):
+    """Sets a variable within a `with` block or a decorated function; may be entered again."""
+
+    def __init__(self, variable: ContextVar[str], key: str, value: str) -> None:
+        self._variable, self._key, self._value = variable, key, value
+        self._tokens: list[Token[str]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(self._variable.set(self._value))
+        _traced[self._key] = self._value
+
+    def __exit__(self, *_: object) -> None:
+        self._variable.reset(self._tokens.pop())
+        _traced[self._key] = self._variable.get()
+
+
+def use_backend(name: str) -> _Scope:
     """Choose the backend within a `with` block (or a decorated function) of this thread or task.
 
     Args:
         name: "reference", "cpp", "triton", "cuda" or "auto".
 
-    A compiled function (torch.compile) keeps the backend that was in force when it was compiled.
-    Backward runs what its forward chose.
+    Backward runs what its forward chose. Around a function compiled by torch.compile the scope
+    counts as it does in eager mode; inside one that is compiled with fullgraph=True it cannot be
+    opened.
 
     Raises:
         ValueError: another name. An op raises RuntimeError where the backend cannot serve its
             tensors.
     """
-    return _scoped(_backend_scope, _checked(name, NAMES, "use_backend: name"))
+    return _Scope(_backend_scope, "backend", _checked(name, NAMES, "use_backend: name"))
 
 
-def use_plan(name: str) -> contextlib.AbstractContextManager[None]:
+def use_plan(name: str) -> _Scope:
     """Choose how conv_bn runs within a `with` block: "fused", "split" or "auto" (by the table).
 
     "fused" is one kernel for the convolution with its prologue and epilogue; "split" materialises
@@ -101,16 +120,7 @@ def use_plan(name: str) -> contextlib.AbstractContextManager[None]:
     Raises:
         ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan.
     """
-    return _scoped(_plan_scope, _checked(name, PLANS, "use_plan: name"))
-
-
-@contextlib.contextmanager
-def _scoped(variable: ContextVar[str], value: str) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+    return _Scope(_plan_scope, "plan", _checked(name, PLANS, "use_plan: name"))
 
 
 def requested_backend() -> str:
@@ -189,17 +199,27 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
     return Choice(backend, plan, reason)
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, device: str, dtype: torch.dtype) -> Choice:
     """Backend and plan for one call, resolved in forward and kept for its backward.
 
     Raises:
         RuntimeError: a backend or plan asked for by name cannot serve these tensors.
     """
+    return _choose_here(op, device, dtype, _traced["backend"], _traced["plan"])
+
+
+@torch.compiler.assume_constant_result
+def _choose_here(op: str, device: str, dtype: torch.dtype, *_guarded: str) -> Choice:
     return _choose(op, device, dtype, requested_backend(), _plan_scope.get())
 
 
 @cache
 def kernels(backend: str, op: str) -> ModuleType:
-    """The module that holds a backend's kernels of one op: fusedres.native.bn_act, say."""
+    """The module that holds a backend's kernels of one op: fusedres.native.bn_act, say.
+
+    Raises:
+        ValueError: there is no such backend, or it has no such kernels.
+    """
+    if backend == "reference" or backend not in BACKENDS or op not in BACKENDS[backend].ops:
+        raise ValueError(f"{op}: no kernels of a backend {backend!r}")
     return importlib.import_module(f"{BACKENDS[backend].room}.{op}")

@@ -79,6 +79,26 @@ def test_auto_takes_the_compiled_backend_where_it_is_built() -> None:
     assert ready or choice.reason
 
 
+def test_a_scope_may_be_entered_again() -> None:
+    scope = use_backend("reference")
+    for _ in range(2):
+        with scope, scope:
+            assert backends.requested_backend() == "reference"
+        assert backends.requested_backend() == "auto"
+
+
+def test_the_scope_counts_around_compiled_code() -> None:
+    """Dynamo compiles again for another scope, also where another instance came first."""
+    modules = [fusedres.ConvBNReLU(3, 4, 1).eval() for _ in range(2)]
+    first, second = (torch.compile(m, backend="eager", fullgraph=True) for m in modules)
+    torch.testing.assert_close(first(X), modules[0](X))
+    with use_backend("triton"), pytest.raises(Exception, match="has no conv_bn kernel"):
+        second(X)
+    with use_backend("reference"):
+        assert "ApplyTemplate" not in type(second(X).grad_fn).__name__
+    torch.testing.assert_close(second(X), modules[1](X))
+
+
 def test_backward_runs_what_forward_chose() -> None:
     x = X.clone().requires_grad_()
     with use_backend("auto"):

@@ -163,6 +163,8 @@ def test_hooks_see_tensors_and_change_nothing(hook: str, where: str, backend: st
         assert_equal(results(stage, x), expected)
     assert seen and all(isinstance(v, Tensor) for v in seen)
     reasons = {row.name: row.reason for row in report(stage)}
+    if where == "1":
+        assert "Tensors enter and leave 1" in reasons["1.conv1 + bn1"]
     if where.startswith("1.bn2"):
         assert "bn2 has a hook" in reasons["1.conv1 + bn1"]
         assert "hook" not in reasons["2.conv1 + bn1"]
@@ -176,6 +178,14 @@ def test_a_global_hook_is_seen_too() -> None:
     finally:
         handle.remove()
     assert block.bn3 in seen and block in seen
+
+
+def test_a_hook_on_a_plain_child_keeps_what_it_saw() -> None:
+    block, seen = IdentityBlock(8, (4, 4, 8)), []
+    block.fused = False
+    block.bn1.register_forward_hook(lambda m, i, o: seen.append(o))
+    block(torch.randn(2, 8, 5, 5))
+    assert (seen[0] < 0).any()
 
 
 class Doubled(nn.Module):
@@ -210,6 +220,7 @@ class Leaky(nn.BatchNorm2d):
         ("conv1", nn.Conv2d(8, 4, 1), "conv1 has a bias"),
         ("conv2", nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False), "'reflect'"),
         ("bn1", nn.SyncBatchNorm(4), "bn1 is a SyncBatchNorm"),
+        ("bn2", nn.ReLU(), "bn2 is a ReLU"),
     ],
 )
 def test_what_cannot_fuse_runs_as_it_is(child: str, replacement: nn.Module, reason: str) -> None:

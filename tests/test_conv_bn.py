@@ -357,6 +357,91 @@ def test_opcheck(backend: str, emit: bool, memory_format: torch.memory_format) -
     torch.library.opcheck(torch.ops.fusedres.conv_bn_bwd, backward)
 
 
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_saved_tensors_may_come_back_in_another_memory_format(backend: str) -> None:
+    chain = Chain("tensor_residual", (3, 8, 6, 5))
+    eager = dict(run(chain.eager, chain.inputs(Maker(torch.float64))))
+
+    def pack(x: Tensor) -> Tensor:
+        return x if x.is_leaf else x.detach().contiguous()
+
+    t = chain.inputs(Maker(torch.float64, CHANNELS_LAST))
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for name, result in run(chain.ours, t):
+            torch.testing.assert_close(result, eager[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_nothing_is_computed_for_an_input_without_gradient(backend: str) -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 1, 1, requires_grad=True)
+    with use_backend(backend):
+        d, a = conv_bn(x, w, emit=True)
+    assert d.y.requires_grad and not a.requires_grad
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_parameters_of_batch_norm_may_change_before_backward(backend: str) -> None:
+    """Backward needs neither; plain PyTorch lets the bias change too."""
+    t = Chain("tensor").inputs(Maker(torch.float32))
+    with use_backend(backend):
+        value = Chain("tensor").ours(t)["value"]
+    with torch.no_grad():
+        t["n.bias"].add_(1.0)
+    value.sum().backward()
+
+
+def test_a_cropped_channels_last_input_stays_channels_last() -> None:
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=CHANNELS_LAST)[:, :, 1:5, :4]
+    value = conv_bn(x, torch.randn(4, 8, 1, 1)).value()
+    assert value.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_direct_calls_of_the_ops_end_in_exceptions(backend: str) -> None:
+    """What reaches a kernel by torch.ops.fusedres is checked again: nothing here may crash."""
+    ops = torch.ops.fusedres
+    y, v, s = torch.randn(2, 4, 6, 6), torch.ones(4), torch.zeros(2, 4)
+    bad = [y[:1], y.double(), y.transpose(2, 3), y.to(memory_format=CHANNELS_LAST)]
+    bad_v = [v[:2], v.double(), torch.ones(8)[::2], v.view(2, 2)]
+    calls = []
+    for b in bad:
+        calls += [
+            lambda b=b: ops.bn_act_fwd(y, v, v, v, b, None, None, None, True, backend),
+            lambda b=b: ops.bn_act_bwd(b, y, y, v, None, None, backend),
+            lambda b=b: ops.bn_act_bwd(y, b, y, v, None, None, backend),
+            lambda b=b: ops.bn_act_bwd(y, y, y, v, b, v, backend),
+            lambda b=b: ops.batch_norm_bwd(b, y, v, v, v, s, True, backend),
+            lambda b=b: ops.bn_relu_maxpool_bwd(b, y, v, v, v, 1, 1, 0, backend),
+            lambda b=b: ops.add_relu_fwd(y, b, backend),
+            lambda b=b: ops.add_relu_bwd(b, y, backend),
+        ]
+    for b in bad_v:
+        calls += [
+            lambda b=b: ops.bn_act_fwd(y, b, v, v, None, None, None, None, True, backend),
+            lambda b=b: ops.bn_act_fwd(y, v, v, b, None, None, None, None, True, backend),
+            lambda b=b: ops.bn_act_fwd(y, v, v, v, y, v, v, b, True, backend),
+            lambda b=b: ops.bn_act_bwd(y, y, y, b, None, None, backend),
+            lambda b=b: ops.batch_norm_bwd(y, y, v, b, v, s, True, backend),
+            lambda b=b: ops.batch_norm_bwd(y, y, v, v, v, b, True, backend),
+            lambda b=b: ops.bn_relu_maxpool_fwd(y, v, b, v, 3, 2, 1, backend),
+        ]
+    calls += [
+        lambda: ops.bn_act_fwd(y, v, v, v, y, v, None, v, True, backend),
+        lambda: ops.bn_act_fwd(y, v, v, v, None, v, v, v, True, backend),
+        lambda: ops.bn_act_fwd(y[0], v, v, v, None, None, None, None, True, backend),
+        lambda: ops.bn_act_fwd(y, v, v, v, None, None, None, None, True, "nope"),
+        lambda: ops.bn_act_fwd(y, v, v, v, None, None, None, None, True, "cuda"),
+        lambda: ops.bn_relu_maxpool_fwd(y, v, v, v, 0, 1, 0, backend),
+        lambda: ops.bn_relu_maxpool_fwd(y, v, v, v, 3, 0, 1, backend),
+        lambda: ops.bn_relu_maxpool_fwd(y, v, v, v, 3, 2, 2, backend),
+        lambda: ops.bn_relu_maxpool_bwd(y, y, v, v, v, 3, 2, 1, backend),
+        lambda: ops.batch_norm_fwd(y.half(), v, None, None, True, 1e-5, backend),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+            call()
+
+
 X, W = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
 V = torch.ones(6)
 
@@ -385,6 +470,7 @@ def _deferred(**changes: Any) -> Deferred:
         ((X, W, V, V, V), {}, ValueError, "running_mean and running_var must be given together"),
         ((X, W, V, V, V[:5], V), {}, ValueError, "running_mean must have shape"),
         ((X, W, V, V, V, V[:5]), {}, ValueError, "running_var must have shape"),
+        ((X, W, V, V, V, V[:1].expand(6)), {}, ValueError, "running_var is expanded"),
         ((X, W, V, V), {"training": False}, ValueError, "training=False needs running_mean"),
         ((X, W), {"training": 1}, TypeError, "training must be a bool"),
         ((X, W), {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
@@ -412,6 +498,7 @@ def _deferred(**changes: Any) -> Deferred:
         ((_deferred(residual=X[:1]), W), {}, ValueError, "input.residual must have shape"),
         ((_deferred(residual=X.double()), W), {}, TypeError, "input.residual must be torch.f"),
         ((_deferred(residual=_deferred()), W), {}, ValueError, "a Deferred with a ReLU"),
+        ((_deferred(sums=torch.zeros(2, 3)), W), {}, ValueError, r"input.sums must be .*\[2, 4\]"),
         (
             (_deferred(residual=_deferred(relu=False, residual=X)), W),
             {},

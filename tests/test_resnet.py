@@ -5,6 +5,7 @@ compile, export.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,7 +191,7 @@ def test_report_says_what_runs() -> None:
     assert len(rows) == 20 and {row.runs for row in rows} == {"fused"}
     assert "20 of 20 layers fused" in str(rows)
     model.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
-    assert "maxpool is not a square max pool" in report(model)[0].reason
+    assert "maxpool is not a plain square max pool" in report(model)[0].reason
     with pytest.raises(TypeError, match=r"report: model must be an nn\.Module, got int"):
         report(3)  # type: ignore[arg-type]
 
@@ -240,6 +241,23 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
     for (name, b), c in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(b, c, msg=name)
+
+
+def test_compiles_with_a_dynamic_batch() -> None:
+    block = fusedres.ConvBlock(8, (4, 4, 16)).double()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (2, 3, 5):
+        x = torch.randn(n, 8, 6, 6, dtype=torch.float64)
+        block.eval()
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_a_traced_network_can_be_saved(tmp_path: Path) -> None:
+    model = fusedres.resnet18(4).eval()
+    x = torch.randn(2, 3, 64, 64)
+    traced = torch.jit.trace(model, x)
+    traced.save(tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x))
 
 
 def test_an_exported_graph_holds_no_op_of_ours() -> None:

@@ -102,8 +102,8 @@ class ResNet(FusedModule):
         """Why the stem runs as plain modules, or None. Blocks answer for themselves."""
         return (
             super().plain_reason()
-            or plain_reason(self.relu, "relu")
-            or plain_reason(self.maxpool, "maxpool")
+            or plain_reason(self.relu, "relu", nn.ReLU)
+            or plain_reason(self.maxpool, "maxpool", nn.MaxPool2d)
         )
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -156,10 +156,10 @@ class FusedResNet50(ResNet):
                 Glorot uniform, fc bias 0.
         zero_init_residual: start the last BatchNorm of each block at zero weight.
         in_channels: channels of the images.
-        memory: "exact". **overrides: any of stride_in_1x1, eps, momentum, stem_pool_padding,
-        initializer, in place of the
-            variant's; for initializer see fusedres.nn.init.resolve. The same torch.manual_seed
-            gives the same bits.
+        memory: "exact".
+        **overrides: any of stride_in_1x1, eps, momentum, stem_pool_padding, initializer, in place
+            of the variant's; for initializer see fusedres.nn.init.resolve. The same
+            torch.manual_seed gives the same bits.
 
     Raises:
         ValueError, TypeError: an argument out of range, of the wrong type or unknown, named.

@@ -1,6 +1,7 @@
 """The extension fusedres._C as Python sees it: one file per op allocates and passes pointers.
 
-Inputs are trusted here: the functions in fusedres.ops check them first.
+Each function checks what its pointers rest on, so that a direct call of torch.ops.fusedres cannot
+crash; messages for people come from the functions in fusedres.ops, which check first.
 """
 
 from __future__ import annotations

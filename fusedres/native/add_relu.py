@@ -11,6 +11,18 @@ from fusedres.native._args import DTYPES
 
 def _launch(name: str, first: Tensor, second: Tensor) -> Tensor:
     """Runs `name` on two tensors of one device and layout; the result is like the first."""
+    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    if not alike or first.dtype not in DTYPES or first.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{name}: needs two tensors alike, got {first.dtype} {list(first.shape)} on "
+            f"{first.device} and {second.dtype} {list(second.shape)} on {second.device}"
+        )
+    channels_last = torch.channels_last if first.dim() == 4 else torch.contiguous_format
+    if not any(
+        all(t.is_contiguous(memory_format=order) for t in (first, second))
+        for order in (torch.contiguous_format, channels_last)
+    ):
+        raise ValueError(f"{name}: needs two tensors that are dense in one memory format")
     result = torch.empty_like(first)
     pointers = (first.data_ptr(), second.data_ptr(), result.data_ptr())
     c, dtype, device = require(), DTYPES[first.dtype], first.device

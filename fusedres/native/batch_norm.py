@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres.native import require
-from fusedres.native._args import head, like, pointer, vectors, workspace
+from fusedres.native._args import check, head, like, pointer, vectors, workspace
 
 
 def batch_norm_stats(
     y: Tensor,  # [N, C, H, W]
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, [C] each; 0 for an empty y."""
+    check("batch_norm_stats", y)
     c = require()
     args = head(y)
     mean, var = vectors(y), vectors(y)
@@ -30,6 +31,8 @@ def batch_norm_bwd(
     training: bool,
 ) -> Tensor:
     """dy = scale*g + c0 + c1*(y - mean), [N, C, H, W]; c0 = c1 = 0 unless training."""
+    per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
+    check("batch_norm_bwd", y, {"g": g}, per_channel)
     dy = like(y)
     work = vectors(y, 2)
     inputs = (g, y, mean, scale, rstd, sums, dy, work)

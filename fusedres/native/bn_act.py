@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres.native import require
-from fusedres.native._args import head, like, pointer, vectors, workspace
+from fusedres.native._args import check, head, like, pointer, vectors, workspace
 
 
 def bn_act_fwd(
@@ -20,6 +20,12 @@ def bn_act_fwd(
     relu: bool,
 ) -> Tensor:
     """a = act((y - mean)*scale + bias + residual), [N, C, H, W] in y's memory format."""
+    joined = (residual is not None, *(v is not None for v in (res_mean, res_scale, res_bias)))
+    if joined not in ((False,) * 4, (True, False, False, False), (True,) * 4):
+        raise ValueError("bn_act_fwd: res_mean, res_scale, res_bias come together, with residual")
+    own = {"mean": mean, "scale": scale, "bias": bias}
+    per_channel = {**own, "res_mean": res_mean, "res_scale": res_scale, "res_bias": res_bias}
+    check("bn_act_fwd", y, {"residual": residual}, per_channel)
     a = like(y)
     tensors = (y, mean, scale, bias, residual, res_mean, res_scale, res_bias, a)
     require().bn_act_fwd(*head(y), relu, *map(pointer, tensors))
@@ -40,6 +46,10 @@ def bn_act_bwd(
 
     g is grad itself where there is nothing to change (neither `a` nor `grad_extra`) and no `out`.
     """
+    if (res_y is None) != (res_mean is None):
+        raise ValueError("bn_act_bwd: res_y and res_mean come together")
+    full = {"grad": grad, "grad_extra": grad_extra, "a": a, "res_y": res_y, "out": out}
+    check("bn_act_bwd", y, full, {"mean": mean, "res_mean": res_mean})
     c = require()
     args = head(y)
     if a is not None or grad_extra is not None:

@@ -7,11 +7,19 @@ from torch import Tensor
 
 from fusedres._tensors import memory_format_of
 from fusedres.native import require
-from fusedres.native._args import head, like, pointer, vectors, workspace
+from fusedres.native._args import check, head, like, pointer, vectors, workspace
 
 
 def _pooled(extent: int, kernel_size: int, stride: int, padding: int) -> int:
     return max(0, (extent + 2 * padding - kernel_size) // stride + 1)
+
+
+def _check_window(op: str, kernel_size: int, stride: int, padding: int) -> None:
+    largest = 2**31 - 1
+    if not (1 <= kernel_size <= 15 and 1 <= stride <= largest and 0 <= padding <= kernel_size // 2):
+        raise ValueError(
+            f"{op}: no window of kernel_size {kernel_size}, stride {stride}, padding {padding}"
+        )
 
 
 def bn_relu_maxpool_fwd(
@@ -24,6 +32,8 @@ def bn_relu_maxpool_fwd(
     padding: int,
 ) -> Tensor:
     """p = maxpool(relu((y - mean)*scale + bias)), in y's memory format."""
+    _check_window("bn_relu_maxpool_fwd", kernel_size, stride, padding)
+    check("bn_relu_maxpool_fwd", y, {}, {"mean": mean, "scale": scale, "bias": bias})
     height, width = (_pooled(extent, kernel_size, stride, padding) for extent in y.shape[2:])
     p = torch.empty(
         (*y.shape[:2], height, width),
@@ -47,10 +57,24 @@ def bn_relu_maxpool_bwd(
     padding: int,
 ) -> tuple[Tensor, Tensor]:
     """(g, sums [2, C]): the gradient of (y - mean)*scale + bias and its sums."""
+    op = "bn_relu_maxpool_bwd"
+    _check_window(op, kernel_size, stride, padding)
+    check(op, y, {}, {"mean": mean, "scale": scale, "bias": bias})
+    height, width = (_pooled(extent, kernel_size, stride, padding) for extent in y.shape[2:])
+    pooled = (*y.shape[:2], height, width)
+    if not (
+        tuple(grad.shape) == pooled
+        and (grad.dtype, grad.device) == (y.dtype, y.device)
+        and grad.is_contiguous(memory_format=memory_format_of(y))
+    ):
+        raise ValueError(
+            f"{op}: grad must be {y.dtype} {list(pooled)}, dense in {memory_format_of(y)}, got "
+            f"{grad.dtype} {list(grad.shape)} with strides {list(grad.stride())}"
+        )
     c = require()
     args = head(y)
     g, sums = like(y), vectors(y, 2)
-    winners = torch.empty(grad.numel(), dtype=torch.uint8)
+    winners = torch.empty(grad.numel(), dtype=torch.uint8, device=y.device)
     work = workspace(c.partial_rows(args[1], args[2]), 2, y)
     tensors = (grad, y, mean, scale, bias, g, sums, winners, work)
     c.bn_relu_maxpool_bwd(*args, kernel_size, stride, padding, *map(pointer, tensors))

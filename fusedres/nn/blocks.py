@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusedres._tensors import memory_format_of, stored_format
 from fusedres.deferred import Deferred
 from fusedres.nn.init import Initializer, resolve
-from fusedres.nn.layers import apply_conv_bn, is_untouched, plain_reason, same_padding
+from fusedres.nn.layers import apply_conv_bn, has_hooks, is_untouched, plain_reason, same_padding
 
 
 def as_tensor(x: Tensor | Deferred) -> Tensor:
@@ -36,7 +36,7 @@ class FusedModule(nn.Module):
     are.
 
     Attributes:
-        fused: set to False to run the children as plain modules.
+        fused: set to False to run this module's own children plainly; blocks within have their own.
     """
 
     fused: bool = True
@@ -50,7 +50,9 @@ class FusedModule(nn.Module):
         if not self.fused:
             return "fused is set to False"
         for conv_name, conv, bn_name, bn in self.units():
-            reason = plain_reason(conv, conv_name) or plain_reason(bn, bn_name)
+            reason = plain_reason(conv, conv_name, nn.Conv2d) or plain_reason(
+                bn, bn_name, nn.BatchNorm2d
+            )
             if reason is not None:
                 return reason
         return None
@@ -73,9 +75,12 @@ class FusedModule(nn.Module):
     def _forward_plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _plain_relu(self, x: Tensor) -> Tensor:
-        """In place, as torchvision has it, unless a hook on a child may want what it saw."""
-        return F.relu(x, inplace=not self.fused)
+    def _in_place(self) -> bool:
+        """Whether plain ReLU and add run in place as torchvision's: on what a BatchNorm gave, that
+        no hook wants to keep.
+        """
+        norms = all(isinstance(bn, nn.BatchNorm2d) for _, _, _, bn in self.units())
+        return not self.fused and norms and not any(map(has_hooks, self.modules()))
 
 
 class ConvBNReLU(FusedModule):
@@ -111,7 +116,7 @@ class ConvBNReLU(FusedModule):
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn(self.conv(x))
-        return self._plain_relu(out) if self.relu else out
+        return F.relu(out, self._in_place()) if self.relu else out
 
 
 class _ResidualBlock(FusedModule):
@@ -166,7 +171,7 @@ class _ResidualBlock(FusedModule):
         return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        h = x
+        h, in_place = x, self._in_place()
         for i in range(1, self.depth + 1):
             padding = self.conv_padding(i)
             if padding is not None:
@@ -174,10 +179,10 @@ class _ResidualBlock(FusedModule):
                 h = F.pad(h, (left, right, top, bottom))
             h = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(h))
             if i < self.depth:
-                h = self._plain_relu(h)
+                h = F.relu(h, in_place)
         shortcut = x if self.downsample is None else self.downsample(x)
-        h = h + shortcut if self.fused else h.add_(shortcut)
-        return self._plain_relu(h)
+        h = h.add_(shortcut) if in_place else h + shortcut
+        return F.relu(h, in_place)
 
 
 class _Bottleneck(_ResidualBlock):
@@ -223,7 +228,8 @@ class _Bottleneck(_ResidualBlock):
         _initialize(self, initializer)
 
     def conv_padding(self, i: int) -> tuple[int, int, int, int] | None:
-        return same_padding(self.conv2.kernel_size) if i == 2 and self._pads_conv2 else None
+        own = i == 2 and self._pads_conv2 and self.conv2.padding == (0, 0)
+        return same_padding(self.conv2.kernel_size) if own else None
 
 
 class IdentityBlock(_Bottleneck):

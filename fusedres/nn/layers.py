@@ -29,13 +29,11 @@ def is_untouched(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not has_hooks(module)
 
 
-def plain_reason(module: nn.Module, name: str) -> str | None:
-    """Why the child `name` must be called as a module, so that its block cannot fuse; None if it
-    can.
-    """
-    if not isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.MaxPool2d):
+def plain_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
+    """Why the child `name` must be called as a module, so that its block cannot fuse, or None."""
+    if not isinstance(module, expected):
         return f"{name} is a {type(module).__name__}"
-    if type(module) not in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d):
+    if type(module) is not expected:
         return f"{name} is a {type(module).__name__}, a subclass whose forward may differ"
     if not is_untouched(module):
         return f"{name} has a hook or a forward of its own"
@@ -45,12 +43,15 @@ def plain_reason(module: nn.Module, name: str) -> str | None:
         if module.padding_mode != "zeros":
             return f"{name} pads by {module.padding_mode!r}"
     if isinstance(module, nn.MaxPool2d) and (
-        not all(isinstance(v, int) for v in (module.kernel_size, module.stride, module.padding))
+        not isinstance(module.kernel_size, int)
+        or not isinstance(module.stride, int)
+        or not isinstance(module.padding, int)
+        or module.kernel_size > 15
         or module.dilation != 1
         or module.ceil_mode
         or module.return_indices
     ):
-        return f"{name} is not a square max pool without dilation, ceil_mode and indices"
+        return f"{name} is not a plain square max pool of at most 15"
     return None
 
 
@@ -112,7 +113,7 @@ def apply_conv_bn(
     momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if counts and bn.momentum is None and bn.num_batches_tracked is not None:
         # the cumulative average, without leaving the device
-        momentum = 1.0 / (bn.num_batches_tracked + 1.0)
+        momentum = 1.0 / (bn.num_batches_tracked + 1).to(torch.float64)
     uses_running = counts or not bn.training
     result: Any = conv_bn(  # type: ignore[call-overload, misc]
         input,

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from fusedres import backends
-from fusedres.nn.blocks import FusedModule
+from fusedres.nn.blocks import FusedModule, Stage
+from fusedres.nn.layers import is_untouched
 from fusedres.ops._contract import compute_dtype
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution with its BatchNorm, or the stem's pooling."""
+    """One convolution with its BatchNorm."""
 
     name: str
     runs: str  # "fused" or "plain"
@@ -54,7 +55,14 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
     rows = Report()
+    border: dict[str, str] = {}  # by path: why a Tensor, not a Deferred, crosses a block's border
     for path, module in model.named_modules():
+        if module is not model and isinstance(module, FusedModule | Stage):
+            if not is_untouched(module):
+                border[path] = f"Tensors enter and leave {path}: it has a hook or its own forward"
+            if isinstance(module, Stage) and path in border:
+                ends = list(dict(module.named_children()))
+                border |= {f"{path}.{name}": border[path] for name in (*ends[:1], *ends[-1:])}
         if not isinstance(module, FusedModule):
             continue
         reason = module.plain_reason()
@@ -66,5 +74,6 @@ def report(model: nn.Module) -> Report:
                 continue
             choice = backends.choose("conv_bn", weight.device.type, compute_dtype(weight))
             runs = "plain" if choice.backend == "reference" else "fused"
-            rows.append(Row(name, runs, choice.backend, choice.plan, choice.reason))
+            why = "; ".join(filter(None, (choice.reason, border.get(path))))
+            rows.append(Row(name, runs, choice.backend, choice.plan, why))
     return rows

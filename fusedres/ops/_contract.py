@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedres._tensors import elements_per_channel, stat_dtype
+from fusedres._tensors import elements_per_channel, memory_format_of, stat_dtype
 from fusedres.deferred import Deferred
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -112,6 +112,9 @@ def check_batch_norm(
     var = check_vector(op, "running_var", running_var, channels, x)
     if (mean is None) != (var is None):
         raise ValueError(f"{op}: running_mean and running_var must be given together, or neither")
+    for name, running in (("running_mean", mean), ("running_var", var)):
+        if running is not None and training and running.numel() > 1 and running.stride(0) == 0:
+            raise ValueError(f"{op}: {name} is expanded, it cannot be moved in place; clone it")
     if not check_bool(op, "training", training) and mean is None:
         raise ValueError(f"{op}: training=False needs running_mean and running_var, got None")
     if isinstance(momentum, Tensor):
@@ -121,11 +124,11 @@ def check_batch_norm(
             )
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
         raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
-    elif not math.isfinite(momentum):
+    elif not -math.inf < momentum < math.inf:  # Dynamo traces no math.isfinite
         raise ValueError(f"{op}: momentum must be finite, got {momentum}")
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
     return BatchNorm(
         check_vector(op, "bn_weight", weight, channels, x),
@@ -148,6 +151,18 @@ def check_deferred(op: str, name: str, d: Deferred) -> None:
         if vector.dtype != stat_dtype(y.dtype):
             raise TypeError(
                 f"{op}: {label} must be {stat_dtype(y.dtype)} beside {y.dtype}, got {vector.dtype}"
+            )
+    if d.sums is not None:
+        sums = check_tensor(op, f"{name}.sums", d.sums, ndim=2)
+        if tuple(sums.shape) != (2, y.size(1)) or sums.dtype != stat_dtype(y.dtype):
+            raise ValueError(
+                f"{op}: {name}.sums must be {stat_dtype(y.dtype)} [2, {y.size(1)}], got "
+                f"{sums.dtype} {list(sums.shape)}"
+            )
+        if any(v.requires_grad for v in (d.mean, d.scale, d.bias)):
+            raise ValueError(
+                f"{op}: {name} carries its gradient in sums, so its mean, scale and bias cannot "
+                "require one; go on from .value() instead of replacing them"
             )
     check_residual(op, f"{name}.residual", d.residual, y, tuple(y.shape), y.dtype)
 
@@ -186,6 +201,11 @@ def check_join(
     return residual  # type: ignore[return-value]
 
 
+def exporting() -> bool:
+    """Whether a graph is recorded for elsewhere: plain torch then, with no op of ours in it."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
     device = x.device.type
@@ -200,9 +220,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype an op computes in: autocast's where it is on (float64 excepted, as in torch), else
-    x's own.
-    """
+    """Autocast's dtype where it is on (float64 excepted, as in torch), else x's own."""
     if x.dtype != torch.float64 and autocast_on(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -230,6 +248,22 @@ def update_running(bn: BatchNorm, mean: Tensor, var: Tensor, y: Tensor) -> None:
         if isinstance(momentum, Tensor):
             momentum = momentum.to(running.dtype)
         running.lerp_(new.to(running.dtype), momentum)
+
+
+def stored_alike(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """All dense, the 4-d ones in the first's format, as a kernel takes them.
+
+    Saved tensors are so already, unless a saved-tensor hook gave them back stored otherwise.
+    """
+    memory_format = memory_format_of(first)
+
+    def stored(t: Tensor | None) -> Tensor | None:
+        order = memory_format if t is not None and t.dim() == 4 else torch.contiguous_format
+        if t is None or t.is_contiguous(memory_format=order):
+            return t  # asked first: Dynamo cannot call .contiguous on a Function's saved output
+        return t.contiguous(memory_format=order)
+
+    return tuple(map(stored, (first, *others)))
 
 
 def dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -53,6 +53,7 @@ class AddReluFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
+        out = as_stored(out, out)
         dx = torch.ops.fusedres.add_relu_bwd(as_stored(grad, out), out, ctx.backend)
         return dx, dx, None
 
@@ -92,6 +93,6 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     contract.check_residual(op, "residual", residual, x, tuple(x.shape), x.dtype)
     choice = backends.choose(op, x.device.type, x.dtype)
     x = contract.dense(x, memory_format_of(x)) if x.dim() == 4 else x.contiguous()
-    if choice.backend == "reference" or torch.compiler.is_exporting():
+    if choice.backend == "reference" or contract.exporting():
         return reference_add_relu(x, residual)
     return AddReluFunction.apply(x, as_stored(residual, x), choice.backend)

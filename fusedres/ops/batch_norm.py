@@ -101,12 +101,17 @@ def upstream(op: str, g: Tensor | None, sums: Tensor | None, y: Tensor) -> tuple
     return contract.dense(g, memory_format_of(y)), sums.contiguous()
 
 
+def dtype_of(parameter: Tensor | None) -> torch.dtype | None:
+    """All that backward needs of BatchNorm's weight and bias: what dtype their gradients have."""
+    return None if parameter is None else parameter.dtype
+
+
 def parameter_gradients(
-    sums: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    sums: Tensor, rstd: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """BatchNorm's dweight and dbias, from the sums alone: no pass over memory."""
-    dweight = None if weight is None else (sums[1] * rstd).to(weight.dtype)
-    dbias = None if bias is None else sums[0].to(bias.dtype, copy=True)
+    dweight = None if weight is None else (sums[1] * rstd).to(weight)
+    dbias = None if bias is None else sums[0].to(bias, copy=True)
     return dweight, dbias
 
 
@@ -132,7 +137,8 @@ class BatchNormFunction(torch.autograd.Function):
             y, weight, running_mean, running_var, training, eps, backend
         )
         ctx.mark_non_differentiable(mean, var, scale)
-        ctx.save_for_backward(y, mean, rstd, scale, weight, bias)
+        ctx.save_for_backward(y, mean, rstd, scale)
+        ctx.parameters = dtype_of(weight), dtype_of(bias)
         ctx.training, ctx.backend = training, backend
         return y.view_as(y), mean.new_zeros(2, mean.size(0)), mean, var, scale
 
@@ -141,14 +147,14 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, g: Tensor | None, sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        y, mean, rstd, scale, weight, bias = ctx.saved_tensors
+        y, mean, rstd, scale = contract.stored_alike(*ctx.saved_tensors)
         g, sums = upstream("batch_norm", g, sums, y)
         dy = None
         if ctx.needs_input_grad[0]:
             dy = torch.ops.fusedres.batch_norm_bwd(
                 g, y, mean, scale, rstd, sums, ctx.training, ctx.backend
             )
-        return dy, *parameter_gradients(sums, rstd, weight, bias), None, None, None, None, None
+        return dy, *parameter_gradients(sums, rstd, *ctx.parameters), None, None, None, None, None
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -200,7 +206,7 @@ def batch_norm(
     y = contract.dense(y.to(contract.compute_dtype(y)), memory_format_of(y))
     backend = backends.choose(op, y.device.type, y.dtype).backend
     sums: Tensor | None = None
-    if backend == "reference" or torch.compiler.is_exporting():
+    if backend == "reference" or contract.exporting():
         mean, var, scale, bias = reference_batch_norm(
             y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.eps
         )
@@ -217,4 +223,4 @@ def affine_bias(bn: contract.BatchNorm, mean: Tensor) -> Tensor:
     """BatchNorm's bias as a Deferred carries it: outside autograd, its gradient comes from the
     sums.
     """
-    return torch.zeros_like(mean) if bn.bias is None else bn.bias.detach().to(mean.dtype)
+    return torch.zeros_like(mean) if bn.bias is None else bn.bias.detach().to(mean.dtype, copy=True)

@@ -110,7 +110,7 @@ class BnActFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, a, res_y, res_mean = ctx.saved_tensors
-        grad = contract.dense(grad, memory_format_of(y))
+        y, mean, grad, a, res_y, res_mean = contract.stored_alike(y, mean, grad, a, res_y, res_mean)
         g, sums, res_sums = torch.ops.fusedres.bn_act_bwd(
             grad, a, y, mean, res_y, res_mean, ctx.backend
         )
@@ -142,7 +142,7 @@ def bn_act(input: Deferred) -> Tensor:
         raise TypeError(f"bn_act: input must be a Deferred, got {type(input).__name__}")
     contract.check_deferred("bn_act", "input", input)
     choice = backends.choose("bn_act", input.device.type, input.dtype)
-    backend = "reference" if torch.compiler.is_exporting() else choice.backend
+    backend = "reference" if contract.exporting() else choice.backend
     input = settle("bn_act", input, backend)
     if backend == "reference" or input.is_ordinary():
         return reference_value(input)

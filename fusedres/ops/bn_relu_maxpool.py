@@ -117,7 +117,7 @@ class BnReluMaxpoolFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, mean, scale, bias = ctx.saved_tensors
+        y, mean, scale, bias = contract.stored_alike(*ctx.saved_tensors)
         grad = contract.dense(grad, memory_format_of(y))
         g, sums = torch.ops.fusedres.bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *ctx.config)
         return g, sums, None, None, None, None, None, None, None
@@ -153,11 +153,13 @@ def bn_relu_maxpool(
         raise TypeError(f"{op}: input must be a Deferred, got {type(input).__name__}")
     contract.check_deferred(op, "input", input)
     if not input.relu or input.residual is not None:
-        got = "one with a residual" if input.residual is not None else "one without"
+        got = "one with a residual" if input.residual is not None else "one without ReLU"
         raise ValueError(f"{op}: input must be a Deferred with ReLU and no residual, got {got}")
     contract.check_int(op, "kernel_size", kernel_size, 1)
     contract.check_int(op, "stride", stride, 1)
     contract.check_int(op, "padding", padding, 0)
+    if stride >= 2**31:
+        raise ValueError(f"{op}: stride must be below 2**31, got {stride}")
     if kernel_size > 15:
         raise ValueError(f"{op}: kernel_size must be at most 15, got {kernel_size}")
     if padding > kernel_size // 2:
@@ -170,7 +172,7 @@ def bn_relu_maxpool(
             f"{list(input.shape)}, padding {padding})"
         )
     backend = backends.choose(op, input.device.type, input.dtype).backend
-    if torch.compiler.is_exporting():
+    if contract.exporting():
         backend = "reference"
     d = settle(op, input, backend)
     tensors = (d.y, d.mean, d.scale, d.bias)

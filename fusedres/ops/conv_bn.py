@@ -20,6 +20,7 @@ from fusedres.ops import _contract as contract
 from fusedres.ops._contract import library
 from fusedres.ops.batch_norm import (
     affine_bias,
+    dtype_of,
     parameter_gradients,
     statistics,
     statistics_fake,
@@ -270,9 +271,8 @@ class ConvBNFunction(torch.autograd.Function):
             config.plan,
         )
         emitted = None
-        if (
-            config.emit
-        ):  # of a plain Tensor an alias: its second reader's gradient joins in our dgrad
+        if config.emit:
+            # of a plain Tensor an alias: its second reader's gradient joins in our dgrad
             emitted = a if deferred else x.view_as(x)
         saved_a = emitted if deferred else None
         ctx.has_residual = residual is not None
@@ -293,11 +293,13 @@ class ConvBNFunction(torch.autograd.Function):
             mean,
             scale,
             rstd,
-            bn_weight,
-            bn_bias,
         )
-        ctx.mark_non_differentiable(mean, var, scale)
+        constant = [mean, var, scale]
+        if emitted is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[5]):
+            constant.append(emitted)  # nothing in front of it wants the gradient
+        ctx.mark_non_differentiable(*constant)
         ctx.config = config
+        ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
         return y, mean.new_zeros(2, mean.size(0)), mean, var, scale, emitted
 
     @staticmethod
@@ -311,7 +313,9 @@ class ConvBNFunction(torch.autograd.Function):
         _scale: None,
         grad_a: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        *source, weight, a, y, mean, scale, rstd, bn_weight, bn_bias = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        weight = saved[8]  # stays as the parameter is stored: its gradient takes the same strides
+        *source, a, y, mean, scale, rstd = contract.stored_alike(*saved[:8], *saved[9:])
         config: _Config = ctx.config
         x, x_mean, _, _, _, res_mean, _, _ = source
         g, sums = upstream("conv_bn", g, sums, y)
@@ -350,7 +354,7 @@ class ConvBNFunction(torch.autograd.Function):
             *(g_in, in_sums, None, None, None),
             *(g_residual, res_sums, None, None, None),
             dweight if need_weight else None,
-            *parameter_gradients(sums, rstd, bn_weight, bn_bias),
+            *parameter_gradients(sums, rstd, *ctx.parameters),
             *(None, None, None),
         )
 
@@ -537,7 +541,7 @@ def conv_bn(
             f"{op}: weight must be {dtype} as the input, got {weight.dtype}; or use autocast"
         )
     choice = backends.choose(op, x.device.type, dtype)
-    backend = "reference" if torch.compiler.is_exporting() else choice.backend
+    backend = "reference" if contract.exporting() else choice.backend
     if isinstance(input, Deferred):
         input = settle(op, input, backend)
         if input.dtype != dtype:
