@@ -253,17 +253,16 @@ def update_running(bn: BatchNorm, mean: Tensor, var: Tensor, y: Tensor) -> None:
 def stored_alike(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """All dense, the 4-d ones in the first's format, as a kernel takes them.
 
-    Saved tensors are so already, unless a saved-tensor hook gave them back stored otherwise.
+    Saved tensors are so already, unless a saved-tensor hook gave them back stored otherwise. Under
+    torch.compile, which calls no such hook on them, Dynamo cannot trace the conversion of an output.
     """
+    if torch.compiler.is_compiling():
+        return first, *others
     memory_format = memory_format_of(first)
-
-    def stored(t: Tensor | None) -> Tensor | None:
-        order = memory_format if t is not None and t.dim() == 4 else torch.contiguous_format
-        if t is None or t.is_contiguous(memory_format=order):
-            return t  # asked first: Dynamo cannot call .contiguous on a Function's saved output
-        return t.contiguous(memory_format=order)
-
-    return tuple(map(stored, (first, *others)))
+    return tuple(
+        t if t is None else dense(t, memory_format) if t.dim() == 4 else t.contiguous()
+        for t in (first, *others)
+    )
 
 
 def dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:

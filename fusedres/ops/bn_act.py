@@ -110,7 +110,8 @@ class BnActFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, a, res_y, res_mean = ctx.saved_tensors
-        y, mean, grad, a, res_y, res_mean = contract.stored_alike(y, mean, grad, a, res_y, res_mean)
+        y, mean, a, res_y, res_mean = contract.stored_alike(y, mean, a, res_y, res_mean)
+        grad = contract.dense(grad, memory_format_of(y))
         g, sums, res_sums = torch.ops.fusedres.bn_act_bwd(
             grad, a, y, mean, res_y, res_mean, ctx.backend
         )
