@@ -146,5 +146,5 @@ def test_parity_sees_a_gradient_that_is_off(
         return unfuse_in_place(model)
 
     monkeypatch.setattr(_digits, "unfuse_in_place", unfuse_with_fault)
-    digits = _digits.load(torch.device("cpu"), train=64, test=16)
+    digits = _digits.load(torch.device("cpu"), train=128, test=16)
     assert _digits.parity(digits, seed=0).passed is passes

@@ -21,11 +21,11 @@ LEARNING_RATE = (
     1e-3  # AdamW's, at its peak: it rises for a quarter of the steps, then falls to zero
 )
 PARITY_STEPS = 3
-PARITY_BATCH = 8
-# Plain SGD's. The gradient of a new network has a norm of thousands here, so that even this moves
-# the loss by tenths in a step. Larger rates magnify rounding a hundredfold per step, between runs
-# of plain PyTorch as well: they would show how chaotic training is, not whether gradients agree.
-PARITY_LEARNING_RATE = 1e-8
+PARITY_BATCH = 32
+# Of plain SGD: a step still moves the loss visibly, the gradient of a new network being that large.
+# Larger rates magnify rounding a hundredfold per step, between runs of plain PyTorch as well: they
+# would show how chaotic training is, not whether gradients agree.
+PARITY_LEARNING_RATE = 1e-6
 PARITY_LIMIT = 1e-9
 
 

@@ -254,7 +254,7 @@ def stored_alike(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """All dense, the 4-d ones in the first's format, as a kernel takes them.
 
     Saved tensors are so already, unless a saved-tensor hook gave them back stored otherwise. Under
-    torch.compile, which calls no such hook on them, Dynamo cannot trace the conversion of an output.
+    torch.compile, which runs no such hook on them, Dynamo cannot trace converting an output.
     """
     if torch.compiler.is_compiling():
         return first, *others
