@@ -106,7 +106,7 @@ class ResNet(FusedModule):
             or plain_reason(self.maxpool, "maxpool", nn.MaxPool2d)
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, H, W] -> logits [N, num_classes].
 
         Any memory format; channels_last is the fast one. H and W from 32 up for every variant.

@@ -57,6 +57,10 @@ class FusedModule(nn.Module):
                 return reason
         return None
 
+
+class _Block(FusedModule):
+    """A fused module that maps an activation to an activation, fused or plainly."""
+
     def forward(self, x: Tensor | Deferred, *, defer: bool = False) -> Tensor | Deferred:
         """[N, C, H, W] -> [N, K, OH, OW] in x's memory format.
 
@@ -83,7 +87,7 @@ class FusedModule(nn.Module):
         return not self.fused and norms and not any(map(has_hooks, self.modules()))
 
 
-class ConvBNReLU(FusedModule):
+class ConvBNReLU(_Block):
     """Convolution, BatchNorm and (unless relu=False) ReLU. Children: conv, bn; the convolution has
     no bias.
 
@@ -119,7 +123,7 @@ class ConvBNReLU(FusedModule):
         return F.relu(out, self._in_place()) if self.relu else out
 
 
-class _ResidualBlock(FusedModule):
+class _ResidualBlock(_Block):
     """conv1 .. convN with their BatchNorms, and `downsample` (a convolution and its BatchNorm) or
     None.
     """
