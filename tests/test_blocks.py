@@ -284,6 +284,14 @@ def test_errors_name_the_argument(
         make()
 
 
+def test_a_fused_module_must_say_what_it_fuses() -> None:
+    class Unfinished(FusedModule):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract method.*units"):
+        Unfinished()
+
+
 def test_a_wrong_input_counts_no_batch() -> None:
     block = IdentityBlock(8, (4, 4, 8))
     with pytest.raises(ValueError, match="weight has 8 input channels"):

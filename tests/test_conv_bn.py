@@ -397,7 +397,7 @@ def test_a_cropped_channels_last_input_stays_channels_last() -> None:
 
 
 @pytest.mark.parametrize("backend", PROTOCOL)
-def test_direct_calls_of_the_ops_end_in_exceptions(backend: str) -> None:
+def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
     """What reaches a kernel by torch.ops.fusedres is checked again: nothing here may crash."""
     ops = torch.ops.fusedres
     y, v, s = torch.randn(2, 4, 6, 6), torch.ones(4), torch.zeros(2, 4)
@@ -438,7 +438,7 @@ def test_direct_calls_of_the_ops_end_in_exceptions(backend: str) -> None:
         lambda: ops.batch_norm_fwd(y.half(), v, None, None, True, 1e-5, backend),
     ]
     for call in calls:
-        with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        with pytest.raises(ValueError):
             call()
 
 

@@ -7,6 +7,7 @@ a block or a stage, a foreign module or a forward of one's own turns it into a T
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,7 +32,7 @@ def in_format_of(out: Tensor, x: Tensor | Deferred) -> Tensor:
     return out.contiguous(memory_format=stored_format(x))
 
 
-class FusedModule(nn.Module):
+class FusedModule(nn.Module, ABC):
     """A module that fuses its convolutions and BatchNorms in its own forward, or calls them as they
     are.
 
@@ -41,9 +42,9 @@ class FusedModule(nn.Module):
 
     fused: bool = True
 
+    @abstractmethod
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         """Convolution and BatchNorm pairs, with their names."""
-        raise NotImplementedError
 
     def plain_reason(self) -> str | None:
         """Why the children run as plain modules; None where they are fused."""
@@ -73,11 +74,13 @@ class _Block(FusedModule):
         out = self._forward_fused(x)
         return out if defer else in_format_of(out.value(), x)
 
+    @abstractmethod
     def _forward_fused(self, x: Tensor | Deferred) -> Deferred:
-        raise NotImplementedError
+        """The children's fused ops; what it returns is still deferred."""
 
+    @abstractmethod
     def _forward_plain(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The children as they are, called one by one."""
 
     def _in_place(self) -> bool:
         """Whether plain ReLU and add run in place as torchvision's: on what a BatchNorm gave, that
