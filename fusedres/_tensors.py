@@ -5,6 +5,8 @@ A leaf: it imports torch only, and any module of the package may import it.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,12 @@ def per_channel(v: Tensor) -> Tensor:
 def elements_per_channel(x: Tensor) -> int:
     """N*H*W of an [N, C, H, W] tensor."""
     return x.size(0) * x.size(2) * x.size(3)
+
+
+def autocast(
+    device: str | torch.device, dtype: torch.dtype
+) -> contextlib.AbstractContextManager[object]:
+    """Autocast to the half type `dtype`; nothing for float32 and float64."""
+    if dtype in (torch.float32, torch.float64):
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import fusedres
-from fusedres.bench.providers import unfuse_in_place
 from fusedres.cli import _digits, main
+from fusedres.nn import unfuse_in_place
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXTRA = ("sklearn", "matplotlib", "tqdm")
@@ -146,5 +146,5 @@ def test_parity_sees_a_gradient_that_is_off(
         return unfuse_in_place(model)
 
     monkeypatch.setattr(_digits, "unfuse_in_place", unfuse_with_fault)
-    digits = _digits.load(torch.device("cpu"), train=128, test=16)
-    assert _digits.parity(digits, seed=0).passed is passes
+    digits = _digits.load(train=128, test=16)
+    assert _digits.parity(digits, seed=0, device=torch.device("cpu")).passed is passes

@@ -25,6 +25,7 @@ LEVELS = [
     {"nn"},
     {"models"},
     {"info", "testing"},
+    {"training"},
     {"bench", "cli"},
     {"__init__", "__main__"},
 ]

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedres._tensors import autocast
 from fusedres.backends import use_backend
 from fusedres.models import FusedResNet50
-from fusedres.nn import report
-from fusedres.nn.blocks import FusedModule
+from fusedres.nn import report, unfuse_in_place
 
 PROVIDERS = ("fused", "unfused", "reference")
 
@@ -108,23 +108,6 @@ def inference(name: str, workload: Workload) -> Provider:
             return model(images)
 
     return Provider(name, _backends_of(name, model, workload), run)
-
-
-def unfuse_in_place(model: nn.Module) -> nn.Module:
-    """The same model, with the children of its fused modules called one by one from now on."""
-    for module in model.modules():
-        if isinstance(module, FusedModule):
-            module.fused = False
-    return model
-
-
-def autocast(
-    device: str | torch.device, dtype: torch.dtype
-) -> contextlib.AbstractContextManager[object]:
-    """Autocast to the half type `dtype`; nothing for float32 and float64."""
-    if dtype in (torch.float32, torch.float64):
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype)
 
 
 def _build(name: str, workload: Workload) -> tuple[nn.Module, Tensor, Tensor]:

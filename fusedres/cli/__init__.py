@@ -9,12 +9,13 @@ from typing import NoReturn
 
 from fusedres import backends
 from fusedres._version import __version__
-from fusedres.cli import demo, info
+from fusedres.cli import demo, evaluate, info, predict, train
 from fusedres.cli._command import UserError
+from fusedres.training import TrainingError
 
 __all__ = ["main"]
 
-COMMANDS = (info.COMMAND, demo.COMMAND)
+COMMANDS = (info.COMMAND, demo.COMMAND, train.COMMAND, evaluate.COMMAND, predict.COMMAND)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,11 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fusedres: {error}", file=sys.stderr)
         return error.exit_code
+    except TrainingError as error:
+        print(f"fusedres: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"fusedres: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fusedres: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"fusedres: {stop if str(stop) else 'interrupted'}", file=sys.stderr)
         return 130
 
 

@@ -1,25 +1,23 @@
-"""What the demo does: scikit-learn's handwritten digits, a training loop, the fp64 parity check."""
+"""What the demo does: scikit-learn's handwritten digits, a training run, the fp64 parity check."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from fusedres.bench.providers import autocast, unfuse_in_place
 from fusedres.models import FusedResNet50
+from fusedres.nn import unfuse_in_place
+from fusedres.training import Data, Preprocess, Recipe, Trainer
+from fusedres.training.data import ArrayPictures, Pictures
+from fusedres.training.data import load as load_data
+from fusedres.training.preprocess import unit
 
-CLASSES = 10
-SIZE = 32  # pixels; the digits come as 8x8
-LEARNING_RATE = 3e-3  # AdamW's, at its peak: it rises for a third of the steps, then falls to zero
-LABEL_SMOOTHING = 0.1
-SHIFT = 3  # pixels at most, each way, each training image anew
 PARITY_STEPS = 3
 PARITY_BATCH = 32
 # Of plain SGD: a step still moves the loss visibly, the gradient of a new network being that large.
@@ -27,16 +25,6 @@ PARITY_BATCH = 32
 # would show how chaotic training is, not whether gradients agree.
 PARITY_LEARNING_RATE = 1e-6
 PARITY_LIMIT = 1e-9
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images [N, 3, 32, 32] in fp32 channels_last and labels [N], for training and for testing."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,21 +52,15 @@ class Parity:
         return self.difference <= self.limit
 
 
-def load(device: torch.device, train: int = 1437, test: int = 360) -> Digits:
-    """The digits, 8x8 grey to 32x32 RGB, standardised by the training images; one fixed split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def load(train: int | None = None, test: int | None = None) -> Data:
+    """The digits, 32x32 RGB; all of them, or so many evenly spread ones."""
+    digits = load_data("digits")
+    return Data(_some(digits.train, train), _some(digits.test, test), digits.classes, "digits")
 
-    data = load_digits()
-    grey = torch.from_numpy(data.images).to(torch.float32).unsqueeze(1)  # [1797, 1, 8, 8], 0 to 16
-    images = F.interpolate(grey, size=(SIZE, SIZE), mode="bilinear").expand(-1, 3, -1, -1)
-    train_index, test_index = train_test_split(
-        range(len(images)), train_size=train, test_size=test, stratify=data.target, random_state=0
-    )
-    images = (images - images[train_index].mean()) / images[train_index].std()
-    images = images.to(device, memory_format=torch.channels_last)
-    labels = torch.from_numpy(data.target).to(device, torch.int64)
-    return Digits(images[train_index], labels[train_index], images[test_index], labels[test_index])
+
+def _some(pictures: Pictures, count: int | None) -> Pictures:
+    index = np.linspace(0, len(pictures) - 1, count or len(pictures)).astype(int).tolist()
+    return ArrayPictures(pictures.read(index), pictures.labels[index])
 
 
 def initial_model(
@@ -86,107 +68,58 @@ def initial_model(
 ) -> nn.Module:
     """FusedResNet50 for ten classes; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = FusedResNet50(CLASSES, variant="torchvision", zero_init_residual=zero_init_residual)
+    model = FusedResNet50(10, variant="torchvision", zero_init_residual=zero_init_residual)
     return model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def batches(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Indices, a full batch at a time, shuffled anew in every epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % batch_size].split(batch_size)
-
-
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image [C, H, W] moved by up to SHIFT pixels each way, its border repeated."""
-    count, _, height, width = images.shape
-    by = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1), generator=generator)
-    rows = (torch.arange(height) + by[0]).clamp(0, height - 1).to(images.device)
-    columns = (torch.arange(width) + by[1]).clamp(0, width - 1).to(images.device)
-    which = torch.arange(count, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
 def train(
-    model: nn.Module,
-    digits: Digits,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    dtype: torch.dtype,
-    name: str,
+    model: nn.Module, digits: Data, recipe: Recipe, *, device: torch.device, name: str
 ) -> Training:
-    """Train with AdamW under a progress bar, then test."""
+    """Train under a progress bar."""
     from tqdm import tqdm
 
-    count, device = len(digits.train_images), digits.train_images.device
-    batch_size = min(batch_size, count)
-    steps = epochs * (count // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    moves = torch.Generator().manual_seed(seed)
+    trainer = Trainer(model, digits, recipe, device=device)
     losses: list[float] = []
     start = time.perf_counter()
-    with tqdm(total=steps, desc=name, unit="step", mininterval=0.5) as bar:
-        for index in batches(count, batch_size, epochs, seed):
-            index = index.to(device)
-            images, labels = digits.train_images[index], digits.train_labels[index]
-            images = shifted(images, moves)
-            optimizer.zero_grad()
-            with autocast(device, dtype):
-                logits = model(images.contiguous(memory_format=torch.channels_last))
-                loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            right = (logits.argmax(1) == labels).double().mean().item()
-            speed = len(losses) * batch_size / (time.perf_counter() - start)
+    with tqdm(total=trainer.steps, desc=name, unit="step", mininterval=0.5) as bar:
+
+        def on_step() -> None:
+            losses.append(trainer.loss.item())
+            right = trainer.right.item() / (trainer.batch * trainer.batch_size)
+            speed = trainer.step * trainer.batch_size / (time.perf_counter() - start)
             bar.set_postfix_str(
                 f"loss {losses[-1]:.3f}, accuracy {right:.0%}, {speed:.0f} img/s", refresh=False
             )
             bar.update()
-    accuracy = evaluate(model, digits, dtype)
-    return Training(losses, accuracy, time.perf_counter() - start)
+
+        evaluation = trainer.run(on_step)
+    return Training(losses, evaluation.accuracy, time.perf_counter() - start)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, digits: Digits, dtype: torch.dtype) -> float:
-    """Accuracy on the test images, 0 to 1."""
-    model.eval()
-    right = 0
-    with autocast(digits.test_images.device, dtype):
-        for images, labels in zip(
-            digits.test_images.split(120), digits.test_labels.split(120), strict=True
-        ):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            right += int((logits.argmax(1) == labels).sum())
-    return right / len(digits.test_labels)
-
-
-def parity(digits: Digits, seed: int) -> Parity:
+def parity(digits: Data, seed: int, device: torch.device) -> Parity:
     """Hold fused against unfused in fp64.
 
     Both start from the same weights and take PARITY_STEPS steps of SGD on the same batches; their
     losses are compared before each step and after the last.
     """
     # No branch starts at zero, so that every parameter has a gradient from the first step on.
-    fused = initial_model(seed, digits.train_images.device, torch.float64, False)
+    fused = initial_model(seed, device, torch.float64, False)
     unfused = unfuse_in_place(copy.deepcopy(fused))
     pairs = zip(_fp64_losses(fused, digits), _fp64_losses(unfused, digits), strict=True)
     off = [abs(ours - plain) / abs(plain) for ours, plain in pairs]
     return Parity(float(np.max(off)))  # NaN if one of them is
 
 
-def _fp64_losses(model: nn.Module, digits: Digits) -> list[float]:
+def _fp64_losses(model: nn.Module, digits: Data) -> list[float]:
+    device = next(model.parameters()).device
+    preprocess = Preprocess.fit(digits.train)
     optimizer = torch.optim.SGD(model.parameters(), PARITY_LEARNING_RATE)
+    order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
     losses = []
     for step in range(PARITY_STEPS + 1):
-        part = slice(step * PARITY_BATCH, (step + 1) * PARITY_BATCH)
-        images = digits.train_images[part].to(torch.float64, memory_format=torch.channels_last)
-        loss = F.cross_entropy(model(images), digits.train_labels[part])
+        index = order[step * PARITY_BATCH : (step + 1) * PARITY_BATCH]
+        images = unit(digits.train.read(index.tolist())).to(device, torch.float64)
+        loss = F.cross_entropy(model(preprocess(images)), digits.train.labels[index].to(device))
         losses.append(loss.item())
         if step < PARITY_STEPS:
             optimizer.zero_grad()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import io
 import json
-import os
 import platform
 import textwrap
 import time
@@ -20,15 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusedres._tensors import autocast
 from fusedres._version import __version__
 from fusedres.bench import Comparison, Workload, compare, timer_for, training_step
-from fusedres.bench.providers import autocast, unfuse_in_place
 from fusedres.cli import _digits
 from fusedres.cli._command import Command, UserError
 from fusedres.cli._digits import Parity, Training
-from fusedres.nn import report
+from fusedres.cli._options import add_device, at_least
+from fusedres.cli._options import device as device_of
+from fusedres.nn import report, unfuse_in_place
+from fusedres.training import Recipe
+from fusedres.training.figures import new_figure, save_figure
+from fusedres.training.files import write_atomically
 
 EPOCHS, BATCH_SIZE, SEED = 5, 64, 0
+LEARNING_RATE = 3e-3  # AdamW's, at its peak
 ACCURACY_LIMIT = 0.95  # what a run with the defaults has to reach
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
@@ -38,8 +42,8 @@ class Scale:
     """How much of everything a run does."""
 
     epochs: int
-    train_images: int
-    test_images: int
+    train_images: int | None  # None: all
+    test_images: int | None
     timing: Workload
     rounds: int
 
@@ -48,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
         "--epochs",
-        type=_at_least(1),
+        type=at_least(1),
         help=f"times through the training images (default {EPOCHS}, with --quick 1)",
     )
     parser.add_argument(
         "--batch-size",
-        type=_at_least(2),  # BatchNorm needs more than one value per channel
+        type=at_least(2),  # BatchNorm needs more than one value per channel
         default=BATCH_SIZE,
         help="images per training step (default %(default)s)",
     )
@@ -66,12 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("fusedres-demo"),
         help="folder for loss.png and demo.json (default %(default)s)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run (default: a GPU if there is one)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -82,20 +81,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train twice, check parity, time both, write the figure and the numbers."""
     _check_extras()
-    device = _device(args.device)
+    device = device_of(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     scale = _scale(args, device, dtype)
+    recipe = Recipe(
+        epochs=scale.epochs,
+        batch_size=args.batch_size,
+        lr=LEARNING_RATE,
+        warmup=0.3,
+        augment="shift",
+        amp="bf16" if device.type == "cuda" else "off",
+        seed=args.seed,
+    )
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "data and model"):
-        digits = _digits.load(device, scale.train_images, scale.test_images)
+        digits = _digits.load(scale.train_images, scale.test_images)
         fused = _digits.initial_model(args.seed, device, torch.float32, zero_init_residual=True)
         unfused = unfuse_in_place(copy.deepcopy(fused))
     backend = _what_runs(fused, device, dtype)
     _say(
-        f"FusedResNet50 on handwritten digits: {scale.train_images} images of "
-        f"{_digits.SIZE}x{_digits.SIZE} to train on, {scale.test_images} to test on"
+        f"FusedResNet50 on handwritten digits: {len(digits.train)} images of "
+        f"{digits.train.size[0]}x{digits.train.size[1]} to train on, {len(digits.test)} to test on"
     )
     _say(f"device         {_device_name(device)}, {_name(dtype)}, channels_last")
     _say(f"backend        {backend}")
@@ -104,19 +112,13 @@ def run(args: argparse.Namespace) -> int:
     for name, model in (("fused", fused), ("unfused", unfused)):
         with _timed(seconds, f"training, {name}"):
             trained[name] = _digits.train(
-                model,
-                digits,
-                epochs=scale.epochs,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                dtype=dtype,
-                name=f"training, {name}",
+                model, digits, recipe, device=device, name=f"training, {name}"
             )
     accuracies = {name: t.test_accuracy for name, t in trained.items()}
     _say(f"test accuracy  fused {accuracies['fused']:.1%}, unfused {accuracies['unfused']:.1%}")
 
     with _timed(seconds, "parity"):
-        parity = _digits.parity(digits, args.seed)
+        parity = _digits.parity(digits, args.seed, device)
     _say(
         f"parity         {'PASS' if parity.passed else 'FAIL'}: float64, {parity.steps} optimizer "
         f"steps, largest relative loss difference {parity.difference:.1e} "
@@ -137,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     passed = parity.passed and learnt
     with _timed(seconds, "figure"):
         losses = {name: t.losses for name, t in trained.items()}
-        write_atomically(args.out / "loss.png", loss_figure(losses, _name(dtype), parity))
+        save_figure(args.out / "loss.png", loss_figure(losses, _name(dtype), parity))
     results = {
         "passed": passed,
         "config": {
@@ -147,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
             "quick": args.quick,
             "device": device.type,
             "dtype": _name(dtype),
-            "train_images": scale.train_images,
-            "test_images": scale.test_images,
-            "learning_rate": _digits.LEARNING_RATE,
+            "train_images": len(digits.train),
+            "test_images": len(digits.test),
+            "learning_rate": recipe.peak_lr,
         },
         "device": _device_name(device),
         "backend": backend,
@@ -166,14 +168,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def loss_figure(losses: dict[str, list[float]], dtype: str, parity: Parity) -> bytes:
-    """The loss of every training step, one curve per name, as a PNG."""
-    from matplotlib.figure import Figure
+def loss_figure(losses: dict[str, list[float]], dtype: str, parity: Parity) -> Any:
+    """The loss of every training step, one curve per name."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
-    above_caption = ConstrainedLayoutEngine(rect=(0, 0.14, 1, 0.86))
-    figure = Figure(figsize=(8, 5.2), dpi=120, layout=above_caption)
+    figure = new_figure(8, 5.2)
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, 0.14, 1, 0.86)))  # above the caption
     axes = figure.subplots()
     for (name, values), style in zip(losses.items(), ("-", "--"), strict=True):
         axes.plot(range(1, len(values) + 1), values, style, linewidth=1.6, label=name)
@@ -193,32 +194,7 @@ def loss_figure(losses: dict[str, list[float]], dtype: str, parity: Parity) -> b
         f"steps the losses differ by at most {parity.difference:.0e} of their value."
     )
     figure.text(0.02, 0.02, textwrap.fill(caption, 115), fontsize=9, va="bottom")
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or the whole new one, also when interrupted."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _at_least(minimum: int) -> Any:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be an integer from {minimum} up, got {text!r}")
-        return value
-
-    return integer
+    return figure
 
 
 def _check_extras() -> None:
@@ -234,15 +210,6 @@ def _check_extras() -> None:
         )
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("--device cuda: torch finds no CUDA device here; try --device cpu")
-    if name == "auto":
-        name = "cuda" if available else "cpu"
-    return torch.device(name)
-
-
 def _scale(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Scale:
     if args.quick:
         return Scale(args.epochs or 1, 128, 60, Workload(2, 32, dtype, device.type), rounds=3)
@@ -250,7 +217,7 @@ def _scale(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
         timing, rounds = Workload(64, 224, dtype, device.type), 30
     else:
         timing, rounds = Workload(16, 112, dtype, device.type), 7
-    return Scale(args.epochs or EPOCHS, 1437, 360, timing, rounds)
+    return Scale(args.epochs or EPOCHS, None, None, timing, rounds)
 
 
 def _by_default(args: argparse.Namespace, scale: Scale) -> bool:

@@ -2,7 +2,22 @@
 fuse in forward.
 """
 
-from fusedres.nn.blocks import BasicBlock, ConvBlock, ConvBNReLU, IdentityBlock, Stage
+from fusedres.nn.blocks import (
+    BasicBlock,
+    ConvBlock,
+    ConvBNReLU,
+    IdentityBlock,
+    Stage,
+    unfuse_in_place,
+)
 from fusedres.nn.report import report
 
-__all__ = ["BasicBlock", "ConvBNReLU", "ConvBlock", "IdentityBlock", "Stage", "report"]
+__all__ = [
+    "BasicBlock",
+    "ConvBNReLU",
+    "ConvBlock",
+    "IdentityBlock",
+    "Stage",
+    "report",
+    "unfuse_in_place",
+]

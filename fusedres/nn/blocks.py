@@ -394,6 +394,14 @@ def call(module: nn.Module, x: Tensor | Deferred, *, defer: bool) -> Tensor | De
     return module(as_tensor(x))
 
 
+def unfuse_in_place(model: nn.Module) -> nn.Module:
+    """The same model, with the children of its fused modules called one by one from now on."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.fused = False
+    return model
+
+
 def _projection(
     in_channels: int, channels: int, stride: int, eps: float, momentum: float | None
 ) -> nn.Sequential:

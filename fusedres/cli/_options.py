@@ -1,0 +1,58 @@
+"""Options that several subcommands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedres.cli._command import UserError
+
+OUT = Path("fusedres-train")  # where train writes unless told otherwise
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=OUT,
+        help="what train wrote: the file or its folder (default %(default)s)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: a GPU if there is one)",
+    )
+
+
+def device(name: str) -> torch.device:
+    """The device that a value of --device names."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no CUDA device here; try --device cpu")
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    return torch.device(name)
+
+
+def at_least(minimum: int) -> Any:
+    """For argparse: an integer from `minimum` up."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be an integer from {minimum} up, got {text!r}")
+        return value
+
+    return integer

@@ -1,0 +1,98 @@
+"""Pictures in folders, one folder a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fusedres.training.data.pictures import (
+    SMALLEST,
+    ArrayPictures,
+    Data,
+    FilePictures,
+    Pictures,
+    hold_out,
+    one_line,
+)
+from fusedres.training.files import DataError, require
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+TRAIN, TEST = ("train",), ("test", "val", "valid", "validation")
+SIZE = 224  # pixels, where the pictures differ in size
+LOOKED_AT = 64  # so many pictures are asked for their size
+IN_MEMORY = 2**30  # bytes; what decodes to more is read as it is needed
+
+
+def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
+    """Data out of a folder of classes, or one with `train` and `test` that are."""
+    train_root = _one_of(path, TRAIN)
+    test_root = _one_of(path, TEST)
+    if train_root is not None and test_root is not None:
+        classes = _classes(train_root)
+        files = [_files(root, classes) for root in (train_root, test_root)]
+        for name in _classes(test_root):
+            if name not in classes:
+                raise DataError(f"{test_root / name}: no class of that name in {train_root}")
+        size = size or _common_size([path for paths, _ in files for path in paths])
+        train, test = (FilePictures(paths, torch.tensor(y), size) for paths, y in files)
+    else:
+        root = train_root or path
+        classes = _classes(root)
+        paths, labels = _files(root, classes)
+        size = size or _common_size(paths)
+        whole = FilePictures(paths, torch.tensor(labels), size)
+        train, test = (
+            FilePictures([paths[i] for i in index], whole.labels[index], size)
+            for index in hold_out(whole, classes, str(path))
+        )
+    return Data(_held(train), _held(test), classes, str(path))
+
+
+def _one_of(path: Path, names: Sequence[str]) -> Path | None:
+    return next((path / name for name in names if (path / name).is_dir()), None)
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not found:
+        raise DataError(f"{root}: no folders in it; a folder of pictures for every class is needed")
+    return tuple(found)
+
+
+def _files(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    """Every picture below the folder of its class, with its label."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not found:
+            raise DataError(f"{root / name}: no pictures in it (of {', '.join(SUFFIXES)})")
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels
+
+
+def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
+    """(H, W): that of pictures of one size, or SIZE."""
+    require("PIL", "pillow", "reading pictures")
+    from PIL import Image
+
+    sizes = set()
+    for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+        except Exception as error:  # as in read_picture
+            raise DataError(f"{path}: not a picture that can be read: {one_line(error)}") from None
+    width, height = sizes.pop() if len(sizes) == 1 else (SIZE, SIZE)
+    return (height, width) if min(height, width) >= SMALLEST else (SMALLEST, SMALLEST)
+
+
+def _held(pictures: FilePictures) -> Pictures:
+    """In memory if there is room, so that a damaged file shows before training starts."""
+    height, width = pictures.size
+    if len(pictures) * height * width * pictures.channels > IN_MEMORY:
+        return pictures
+    return ArrayPictures(pictures.read(range(len(pictures))), pictures.labels)

@@ -1,0 +1,199 @@
+"""What every source of data ends in: labelled pictures for training and for testing."""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fusedres.training.files import DataError, require
+
+SMALLEST = 32  # pixels: what a ResNet's five halvings leave one of
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for so many channels
+HELD_OUT = 0.2  # of every class, where a source has no test part
+
+
+class Pictures(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures with labels.
+
+    Attributes:
+        labels: [N] int64.
+        size: (H, W) of every picture.
+        channels: of every picture.
+    """
+
+    labels: Tensor
+    size: tuple[int, int]
+    channels: int
+
+    @abstractmethod
+    def read(self, index: Sequence[int]) -> Tensor:
+        """Some of the pictures: uint8 [B, H, W, C]."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.read([index])[0], self.labels[index]
+
+    def __getitems__(self, index: Sequence[int]) -> tuple[Tensor, Tensor] | DataError:
+        """A batch, as torch's DataLoader asks for one. An error is returned, not raised: from a
+        worker process it would arrive wrapped in a traceback.
+        """
+        try:
+            return self.read(index), self.labels[torch.as_tensor(index)]
+        except DataError as error:
+            return error
+
+
+class ArrayPictures(Pictures):
+    """Pictures held in memory.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: int64 [N].
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+        self.size = images.shape[1], images.shape[2]
+        self.channels = images.shape[3]
+
+    def read(self, index: Sequence[int]) -> Tensor:
+        return self.images[torch.as_tensor(index)]
+
+
+class FilePictures(Pictures):
+    """Pictures in files of any format that Pillow reads.
+
+    Args:
+        paths: N files.
+        labels: int64 [N].
+        size: (H, W), what they are scaled and cropped to.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor, size: tuple[int, int]) -> None:
+        self.paths, self.labels, self.size, self.channels = paths, labels, size, 3
+
+    def read(self, index: Sequence[int]) -> Tensor:
+        return torch.stack([read_picture(self.paths[i], self.size, self.channels) for i in index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a classifier learns from and is tested on.
+
+    Args:
+        train, test: the two parts; no picture is in both.
+        classes: names, by label.
+        source: where it came from, as `load` takes it.
+
+    Raises:
+        DataError: a part is empty, the training part is of one class only, or the parts differ in
+            size or channels.
+    """
+
+    train: Pictures
+    test: Pictures
+    classes: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, part in (("train", self.train), ("test", self.test)):
+            if not len(part):
+                raise DataError(f"{self.source}: no picture to {name} on")
+        present = self.train.labels.unique().tolist()
+        if len(present) < 2:
+            raise DataError(
+                f"{self.source}: all {len(self.train)} training pictures are of one class, "
+                f"{self.classes[present[0]]!r}; a classifier needs two"
+            )
+        shapes = [(*part.size, part.channels) for part in (self.train, self.test)]
+        if shapes[0] != shapes[1]:
+            raise DataError(
+                f"{self.source}: training pictures are {list(shapes[0])}, test pictures "
+                f"{list(shapes[1])} [H, W, C]"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a run can go on with this data: its sizes, classes and labels."""
+        parts = [(len(p), zlib.crc32(p.labels.numpy().tobytes())) for p in (self.train, self.test)]
+        return repr((parts, self.classes, self.train.size, self.train.channels))
+
+
+def hold_out(pictures: Pictures, classes: tuple[str, ...], source: str) -> tuple[list[int], ...]:
+    """(training, test) indices: the same at every call, every class in the same proportion.
+
+    Raises:
+        DataError: a class is too small to be divided.
+    """
+    counts = Counter(pictures.labels.tolist())
+    for label, count in counts.items():
+        if count < 2:
+            raise DataError(
+                f"{source}: class {classes[label]!r} has a single picture, and there is no test "
+                "part: give it another picture, or the data a test part"
+            )
+    generator = torch.Generator().manual_seed(0)
+    train: list[int] = []
+    test: list[int] = []
+    for label in sorted(counts):
+        index = (pictures.labels == label).nonzero().flatten()
+        index = index[torch.randperm(len(index), generator=generator)]
+        held = max(1, round(HELD_OUT * len(index)))
+        test += index[:held].tolist()
+        train += index[held:].tolist()
+    return sorted(train), sorted(test)
+
+
+def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """A picture file as uint8 [H, W, C]: turned upright, scaled, cropped around its middle.
+
+    Args:
+        path: of any format that Pillow reads.
+        size: (H, W).
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    Raises:
+        DataError: no such file, no picture, a damaged one, or one of more than 8 bits a channel.
+    """
+    require("PIL", "pillow", "reading pictures")
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise DataError(f"{path}: has more than 8 bits a channel (mode {image.mode})")
+            upright = ImageOps.exif_transpose(image).convert(MODES[channels])
+        fitted = ImageOps.fit(upright, size[::-1], Image.Resampling.BICUBIC)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as error:  # of many kinds: a damaged file can end anywhere in a decoder
+        raise DataError(f"{path}: not a picture that can be read: {one_line(error)}") from None
+    return torch.from_numpy(np.array(fitted)).view(*size, channels)
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures [N, H, W, C] with values 0 to 255, at another size and as uint8."""
+    if images.shape[1:3] != size:
+        planes = images.permute(0, 3, 1, 2).to(torch.float32)
+        planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
+        images = planes.permute(0, 2, 3, 1).round().clamp(0, 255)
+    return images.to(torch.uint8).contiguous()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,53 @@
+"""Files that are whole or not there, and the errors that a user can put right."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+
+class TrainingError(Exception):
+    """What is wrong with data, a checkpoint, an option or a run, in one line."""
+
+
+class DataError(TrainingError):
+    """Data that cannot be read or learnt from; names the file."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be read, trusted or written; names the file."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the whole new one, also when the power goes.
+
+    Raises:
+        OSError: it could not be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require(module: str, package: str, purpose: str, extra: str = "train") -> ModuleType:
+    """Import an optional dependency.
+
+    Raises:
+        TrainingError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise TrainingError(
+            f'{purpose} needs {package}; install with: pip install "fusedres[{extra}]"'
+        ) from None

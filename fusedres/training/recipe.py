@@ -1,0 +1,121 @@
+"""How to train: what changes the weights a run ends with, apart from data and model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fusedres.training.files import TrainingError
+from fusedres.training.preprocess import AUGMENTATIONS
+
+OPTIMIZERS = ("adamw", "sgd")
+LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3}
+WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Choices of a training run.
+
+    Args:
+        epochs: times through the training pictures.
+        batch_size: pictures a step; at most as many as there are.
+        optimizer: "adamw", or "sgd" (momentum 0.9, Nesterov's).
+        lr: learning rate at its peak. None: LEARNING_RATE of the optimizer, for a batch of 32.
+        weight_decay: None: WEIGHT_DECAY of the optimizer.
+        warmup: share of the steps over which the learning rate rises to its peak; it falls to zero
+            over the rest, both along a cosine.
+        label_smoothing: of the cross-entropy, from 0 up to 1.
+        augment: "affine" (turned, scaled, shifted, lit anew at each reading), "affine+flip"
+            (mirrored, too, every other time), "shift" or "none".
+        amp: "bf16", "fp16" or "off" (fp32); "auto": bf16 where the device computes in it natively.
+        compile: whether torch.compile compiles the model.
+        seed: of batches and augmentation, and of the weights where `train` makes the model.
+
+    Raises:
+        TrainingError: an argument out of range, named.
+    """
+
+    epochs: int = 40
+    batch_size: int = 32
+    optimizer: str = "adamw"
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup: float = 0.2
+    label_smoothing: float = 0.1
+    augment: str = "affine"
+    amp: str = "auto"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise TrainingError(f"{name} must be an integer from {minimum} up, got {value!r}")
+        for name, accepted in (
+            ("optimizer", OPTIMIZERS),
+            ("augment", AUGMENTATIONS),
+            ("amp", ("auto", *AMP)),
+        ):
+            if getattr(self, name) not in accepted:
+                names = ", ".join(accepted)
+                raise TrainingError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise TrainingError(f"lr must be above 0, got {self.lr}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise TrainingError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.warmup <= 1:
+            raise TrainingError(f"warmup is a share of the steps, from 0 to 1, got {self.warmup}")
+        if not 0 <= self.label_smoothing < 1:
+            raise TrainingError(
+                f"label_smoothing must be from 0 up to, but not, 1, got {self.label_smoothing}"
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """lr, or the optimizer's own."""
+        return LEARNING_RATE[self.optimizer] if self.lr is None else self.lr
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over all parameters of the model."""
+        decay = self.weight_decay
+        decay = WEIGHT_DECAY[self.optimizer] if decay is None else decay
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(model.parameters(), self.peak_lr, weight_decay=decay)
+        return torch.optim.SGD(
+            model.parameters(), self.peak_lr, momentum=0.9, nesterov=True, weight_decay=decay
+        )
+
+    def make_schedule(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.OneCycleLR:
+        """The learning rate over so many steps."""
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            self.peak_lr,
+            total_steps=steps,
+            pct_start=self.warmup,
+            cycle_momentum=False,
+        )
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype:
+    """What a device computes in, for an amp of Recipe."""
+    if amp != "auto":
+        return AMP[amp]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and _cpu_has_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16; torch says so under names that may change."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -1,0 +1,346 @@
+"""A training run in a folder: progress bar, log, checkpoint, figures, result; begun or taken up."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedres.training.checkpoint import FILE, NETWORKS, Checkpoint, Network
+from fusedres.training.data import load
+from fusedres.training.figures import confusion_matrix, curves, save_figure
+from fusedres.training.files import DataError, TrainingError, require, write_atomically
+from fusedres.training.recipe import Recipe
+from fusedres.training.trainer import Epoch, Evaluation, Trainer
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, ETA {remaining}{postfix}"
+LOG, CURVES, CONFUSION, RESULT = "log.csv", "curves.png", "confusion_matrix.png", "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run wrote to result.json.
+
+    Attributes:
+        test_accuracy, test_loss: of the final weights, on the test pictures; accuracy 0 to 1.
+        train_accuracy: in the last epoch, on augmented pictures.
+        epochs, steps: taken.
+        seconds: of the whole run, tests and files included; what an interruption lost is not.
+        img_per_s: pictures trained on a second, tests and files left out; median over epochs.
+        model, variant, num_classes, parameters: the network.
+        data, train_images, test_images: what it learnt from.
+        batch_size, optimizer, lr, warmup, label_smoothing, augment, amp, compile, seed: the recipe.
+        device: where the run ended.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    train_accuracy: float
+    epochs: int
+    steps: int
+    seconds: float
+    img_per_s: float
+    model: str
+    variant: str
+    num_classes: int
+    parameters: int
+    data: str
+    train_images: int
+    test_images: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    warmup: float
+    label_smoothing: float
+    augment: str
+    amp: str
+    compile: bool
+    seed: int
+    device: str
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    model: str = "resnet50",
+    variant: str = "torchvision",
+    size: int | tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Train a network from scratch.
+
+    Writes into `out`, each file whole or not at all: checkpoint.pt and log.csv after every epoch
+    (the checkpoint also on Ctrl-C, which then raises), curves.png, confusion_matrix.png and
+    result.json at the end. `resume` takes up a run that was interrupted or killed.
+
+    Args:
+        data: as fusedres.training.load takes it; its path is kept in the checkpoint.
+        out: a folder, made if it is not there.
+        recipe: how to train; by default Recipe().
+        model: one of resnet18, resnet34, resnet50, resnet101, resnet152.
+        variant: as FusedResNet50 takes it.
+        size: what to scale the pictures to, as `load` takes it.
+        device: where to run.
+        workers: processes that read pictures too many to be held in memory.
+        overwrite: begin anew where `out` has a checkpoint already.
+        progress: show a bar on stderr and a line for each epoch on stdout.
+
+    Raises:
+        TrainingError: and its kinds DataError and CheckpointError, in one line: what is wrong with
+            an argument, the data, or a file.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, once the checkpoint is written.
+    """
+    recipe = recipe or Recipe()
+    out = Path(out)
+    for name, value, accepted in (
+        ("model", model, tuple(NETWORKS)),
+        ("variant", variant, ("torchvision", "keras", "coursera")),
+    ):
+        if value not in accepted:
+            raise TrainingError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    if (out / FILE).exists() and not overwrite:
+        raise TrainingError(
+            f"{out / FILE}: holds a run already; resume it, overwrite it, or choose another folder"
+        )
+    _make_folder(out)
+    loaded = load(data, size)
+    network = Network(model, variant, len(loaded.classes), loaded.train.channels)
+    torch.manual_seed(recipe.seed)
+    trainer = Trainer(network.build(), loaded, recipe, device=device, workers=workers)
+    return _Run(trainer, network, out, progress).finish()
+
+
+def resume(
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Result:
+    """Go on with a run that was interrupted or killed, by what its checkpoint says.
+
+    On a CPU it ends in the very bits of a run without interruption, on as many threads.
+
+    Args:
+        out: the folder of the run.
+        data: where its data are now, if they have moved.
+        device, workers, progress: as for `train`.
+
+    Raises:
+        TrainingError, KeyboardInterrupt: as `train`; also where the data are not those of the run.
+    """
+    out = Path(out)
+    saved = Checkpoint.load(out)
+    loaded = load(saved.source if data is None else data, saved.preprocess.size)
+    if loaded.fingerprint != saved.fingerprint:
+        raise DataError(
+            f"{loaded.source}: not the data that the run in {out} began with: other pictures, "
+            "labels or classes"
+        )
+    trainer = Trainer(saved.network.build(), loaded, saved.recipe, device=device, workers=workers)
+    trainer.load_state_dict(saved.state)
+    return _Run(trainer, saved.network, out, progress, saved.wall).finish()
+
+
+def log_csv(history: list[Epoch]) -> bytes:
+    """The log: a line for each epoch, under names."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in history)
+    return text.getvalue().encode()
+
+
+class _Run:
+    """A trainer on its way, and the files it leaves."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        network: Network,
+        out: Path,
+        progress: bool,
+        wall: float = 0.0,
+    ) -> None:
+        self.trainer, self.network, self.out = trainer, network, out
+        self.start = time.perf_counter() - wall
+        self.progress = progress
+        self.bar: Any = None
+
+    def finish(self) -> Result:
+        trainer = self.trainer
+        tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
+        require("matplotlib", "matplotlib", "the figures at the end")
+        per_step = trainer.batch_size
+        with (
+            _interruptions() as asked,
+            tqdm(
+                total=trainer.steps * per_step,
+                initial=trainer.step * per_step,
+                unit="img",
+                # into a file or a pipe a line now and then
+                mininterval=0.3 if sys.stderr.isatty() else 10.0,
+                bar_format=BAR,
+                disable=not self.progress,
+            ) as self.bar,
+        ):
+            self._describe()
+
+            def on_step() -> None:
+                self._show()
+                if asked:
+                    self.save()
+                    raise KeyboardInterrupt(
+                        f"stopped after step {trainer.step} of {trainer.steps}; to go on: fusedres "
+                        f"train --resume --out {shlex.quote(str(self.out))}"
+                    )
+
+            evaluation = trainer.run(on_step, self._epoch_done)
+        return self._conclude(evaluation)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        trainer = self.trainer
+        Checkpoint(
+            network=self.network,
+            recipe=trainer.recipe,
+            preprocess=trainer.preprocess,
+            classes=trainer.data.classes,
+            source=_absolute(trainer.data.source),
+            fingerprint=trainer.data.fingerprint,
+            wall=time.perf_counter() - self.start,
+            state=trainer.state_dict(),
+        ).save(self.out / FILE)
+
+    def _epoch_done(self, evaluation: Evaluation) -> None:
+        self.save()
+        write_atomically(self.out / LOG, log_csv(self.trainer.history))
+        row = self.trainer.history[-1]
+        if self.progress:
+            self.bar.write(
+                f"epoch {row.epoch:3}/{self.trainer.recipe.epochs}  "
+                f"train loss {row.train_loss:.3f} accuracy {row.train_accuracy:6.1%}  "
+                f"test loss {row.test_loss:.3f} accuracy {row.test_accuracy:6.1%}  "
+                f"{row.img_per_s:.0f} img/s",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
+        self._describe()
+
+    def _describe(self) -> None:
+        epoch = min(self.trainer.epoch + 1, self.trainer.recipe.epochs)
+        self.bar.set_description_str(f"epoch {epoch}/{self.trainer.recipe.epochs}", refresh=False)
+
+    def _show(self) -> None:
+        trainer, bar = self.trainer, self.bar
+        # reading the loss waits for the device: only when the bar is about to be drawn
+        if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
+            right = trainer.right.item() / (trainer.batch * trainer.batch_size)
+            bar.set_postfix_str(
+                f"loss {trainer.loss.item():.3f}, accuracy {right:.1%}", refresh=False
+            )
+        bar.update(trainer.batch_size)
+
+    def _conclude(self, evaluation: Evaluation) -> Result:
+        trainer, network = self.trainer, self.network
+        history, recipe = trainer.history, trainer.recipe
+        title = f"{network.model} ({network.variant}) on {Path(trainer.data.source).name}"
+        save_figure(self.out / CURVES, curves(history, title))
+        save_figure(
+            self.out / CONFUSION,
+            confusion_matrix(
+                evaluation.confusion,
+                trainer.data.classes,
+                f"{title}\n{evaluation.accuracy:.1%} of {len(trainer.data.test)} test pictures",
+            ),
+        )
+        rates = sorted(row.img_per_s for row in history)
+        result = Result(
+            test_accuracy=evaluation.accuracy,
+            test_loss=evaluation.loss,
+            train_accuracy=history[-1].train_accuracy,
+            epochs=trainer.epoch,
+            steps=trainer.step,
+            seconds=time.perf_counter() - self.start,
+            img_per_s=rates[len(rates) // 2],
+            model=network.model,
+            variant=network.variant,
+            num_classes=network.num_classes,
+            parameters=_parameters(trainer.model),
+            data=Path(trainer.data.source).name,
+            train_images=len(trainer.data.train),
+            test_images=len(trainer.data.test),
+            batch_size=trainer.batch_size,
+            optimizer=recipe.optimizer,
+            lr=recipe.peak_lr,
+            warmup=recipe.warmup,
+            label_smoothing=recipe.label_smoothing,
+            augment=recipe.augment,
+            amp=str(trainer.dtype).removeprefix("torch."),
+            compile=recipe.compile,
+            seed=recipe.seed,
+            device=trainer.device.type,
+        )
+        content = json.dumps(asdict(result), indent=2) + "\n"
+        write_atomically(self.out / RESULT, content.encode())
+        return result
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _absolute(source: str) -> str:
+    """A source that means the same from any folder."""
+    return source if source == "digits" else str(Path(source).resolve())
+
+
+def _make_folder(out: Path) -> None:
+    """See that files can be written before hours of work depend on it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / ".writable", b"")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot write there: {error.strerror}") from None
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put on; the second acts as ever."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
