@@ -9,13 +9,14 @@ from typing import NoReturn
 
 from fusedres import backends
 from fusedres._version import __version__
-from fusedres.cli import demo, evaluate, info, predict, train
+from fusedres.cli import demo, evaluate, gradients, info, predict, summary, train
 from fusedres.cli._command import UserError
 from fusedres.training import TrainingError
 
 __all__ = ["main"]
 
-COMMANDS = (info.COMMAND, demo.COMMAND, train.COMMAND, evaluate.COMMAND, predict.COMMAND)
+COMMANDS = [module.COMMAND for module in (info, demo, train, evaluate, predict)]
+COMMANDS += [summary.COMMAND, gradients.COMMAND]
 
 
 class _Parser(argparse.ArgumentParser):

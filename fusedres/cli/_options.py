@@ -9,8 +9,27 @@ from typing import Any
 import torch
 
 from fusedres.cli._command import UserError
+from fusedres.models.resnet import VARIANTS
+from fusedres.training.checkpoint import NETWORKS
 
+MODEL, VARIANT = "resnet50", "torchvision"
 OUT = Path("fusedres-train")  # where train writes unless told otherwise
+
+
+def add_network(parser: argparse.ArgumentParser, **defaults: str) -> None:
+    """--model and --variant; without `defaults` they are None where they are not given."""
+    parser.add_argument(
+        "--model",
+        choices=tuple(NETWORKS),
+        default=defaults.get("model"),
+        help=f"the network (default {MODEL})",
+    )
+    parser.add_argument(
+        "--variant",
+        choices=tuple(VARIANTS),
+        default=defaults.get("variant"),
+        help=f"whose details it has (default {VARIANT})",
+    )
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

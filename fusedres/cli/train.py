@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fusedres.cli._command import Command, UserError
-from fusedres.cli._options import OUT, add_device, at_least, device
+from fusedres.cli._options import MODEL, OUT, VARIANT, add_device, add_network, at_least, device
 from fusedres.training import Checkpoint, Recipe, Result, resume, train
-from fusedres.training.checkpoint import FILE, NETWORKS
+from fusedres.training.checkpoint import FILE
 from fusedres.training.preprocess import AUGMENTATIONS
 from fusedres.training.recipe import AMP, LEARNING_RATE, OPTIMIZERS
 from fusedres.training.run import CONFUSION, CURVES, LOG, RESULT
 
 DEFAULT = Recipe()
-NETWORK = {"model": "resnet50", "variant": "torchvision", "image_size": None}
+NETWORK = {"model": MODEL, "variant": VARIANT, "image_size": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with a folder of pictures for each class, or with train/ and test/ of such; "
         "an .npz; an .h5 pair, or the folder of one; or digits, scikit-learn's handwritten ones",
     )
-    add("--model", choices=tuple(NETWORKS), help=f"the network (default {NETWORK['model']})")
-    add(
-        "--variant",
-        choices=("torchvision", "keras", "coursera"),
-        help=f"whose details it has (default {NETWORK['variant']})",
-    )
+    add_network(parser)
     add(
         "--image-size",
         type=at_least(32),

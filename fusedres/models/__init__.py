@@ -1,5 +1,6 @@
 """Networks assembled from the blocks."""
 
+from fusedres.models.layer_names import layer_names
 from fusedres.models.resnet import (
     FusedResNet50,
     ResNet,
@@ -9,5 +10,17 @@ from fusedres.models.resnet import (
     resnet101,
     resnet152,
 )
+from fusedres.models.summary import Summary, summary
 
-__all__ = ["FusedResNet50", "ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+__all__ = [
+    "FusedResNet50",
+    "ResNet",
+    "Summary",
+    "layer_names",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "summary",
+]

@@ -39,6 +39,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and see that files can be written before hours of work depend on it.
+
+    Raises:
+        TrainingError: they cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / ".writable", b"")
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot write there: {error.strerror}") from None
+
+
 def require(module: str, package: str, purpose: str, extra: str = "train") -> ModuleType:
     """Import an optional dependency.
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusedres.models.resnet import VARIANTS
 from fusedres.training.checkpoint import FILE, NETWORKS, Checkpoint, Network
 from fusedres.training.data import load
 from fusedres.training.figures import confusion_matrix, curves, save_figure
-from fusedres.training.files import DataError, TrainingError, require, write_atomically
+from fusedres.training.files import DataError, TrainingError, make_folder, require, write_atomically
 from fusedres.training.recipe import Recipe
 from fusedres.training.trainer import Epoch, Evaluation, Trainer
 
@@ -112,7 +113,7 @@ def train(
     out = Path(out)
     for name, value, accepted in (
         ("model", model, tuple(NETWORKS)),
-        ("variant", variant, ("torchvision", "keras", "coursera")),
+        ("variant", variant, tuple(VARIANTS)),
     ):
         if value not in accepted:
             raise TrainingError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
@@ -120,7 +121,7 @@ def train(
         raise TrainingError(
             f"{out / FILE}: holds a run already; resume it, overwrite it, or choose another folder"
         )
-    _make_folder(out)
+    make_folder(out)
     loaded = load(data, size)
     network = Network(model, variant, len(loaded.classes), loaded.train.channels)
     torch.manual_seed(recipe.seed)
@@ -263,7 +264,7 @@ class _Run:
     def _conclude(self, evaluation: Evaluation) -> Result:
         trainer, network = self.trainer, self.network
         history, recipe = trainer.history, trainer.recipe
-        title = f"{network.model} ({network.variant}) on {Path(trainer.data.source).name}"
+        title = f"{network.model} ({network.variant}) on {trainer.data.name}"
         save_figure(self.out / CURVES, curves(history, title))
         save_figure(
             self.out / CONFUSION,
@@ -286,7 +287,7 @@ class _Run:
             variant=network.variant,
             num_classes=network.num_classes,
             parameters=_parameters(trainer.model),
-            data=Path(trainer.data.source).name,
+            data=trainer.data.name,
             train_images=len(trainer.data.train),
             test_images=len(trainer.data.test),
             batch_size=trainer.batch_size,
@@ -312,16 +313,6 @@ def _parameters(model: nn.Module) -> int:
 def _absolute(source: str) -> str:
     """A source that means the same from any folder."""
     return source if source == "digits" else str(Path(source).resolve())
-
-
-def _make_folder(out: Path) -> None:
-    """See that files can be written before hours of work depend on it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / ".writable", b"")
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise TrainingError(f"{out}: cannot write there: {error.strerror}") from None
 
 
 @contextmanager

@@ -291,7 +291,8 @@ def evaluate(
 
 def seeded(*parts: int) -> torch.Generator:
     """A generator whose numbers depend on the parts and have nothing to do with those of others."""
-    seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    # with their number, as SeedSequence takes (1, 0) for (1,)
+    seed = np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
 
 

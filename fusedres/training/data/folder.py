@@ -31,10 +31,10 @@ def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
     test_root = _one_of(path, TEST)
     if train_root is not None and test_root is not None:
         classes = _classes(train_root)
-        files = [_files(root, classes) for root in (train_root, test_root)]
         for name in _classes(test_root):
             if name not in classes:
                 raise DataError(f"{test_root / name}: no class of that name in {train_root}")
+        files = [_files(root, classes) for root in (train_root, test_root)]
         size = size or _common_size([path for paths, _ in files for path in paths])
         train, test = (FilePictures(paths, torch.tensor(y), size) for paths, y in files)
     else:

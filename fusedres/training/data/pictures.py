@@ -125,6 +125,11 @@ class Data:
             )
 
     @property
+    def name(self) -> str:
+        """Of the source, without the way to it."""
+        return Path(self.source).name
+
+    @property
     def fingerprint(self) -> str:
         """Tells whether a run can go on with this data: its sizes, classes and labels."""
         parts = [(len(p), zlib.crc32(p.labels.numpy().tobytes())) for p in (self.train, self.test)]
