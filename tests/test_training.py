@@ -336,6 +336,16 @@ def test_a_run_taken_up_ends_in_the_same_bits(tmp_path: Path, step: int, amp: st
     assert ours == theirs
 
 
+def test_the_seed_decides_the_weights() -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        trainer = Trainer(tiny.model(), tiny.data(), replace(RECIPE, seed=seed))
+        trainer.run()
+        ends.append(weights(trainer))
+    assert_same_bits(ends[0], ends[1])
+    assert not torch.equal(ends[0]["0.conv.weight"], ends[2]["0.conv.weight"])
+
+
 def test_a_finished_run_taken_up_is_tested_again_only() -> None:
     whole = Trainer(tiny.model(), tiny.data(), RECIPE)
     evaluation = whole.run()
@@ -404,6 +414,10 @@ def test_a_checkpoint_comes_back_as_it_was(saved: tuple[Checkpoint, Path]) -> No
         assert_same_bits(read.state["model"], made.state["model"])
         assert_same_bits(read.model().state_dict(), made.state["model"])
         assert not read.model().training
+        trainer = Trainer(read.network.build(), tiny.data(), read.recipe)
+        trainer.load_state_dict(read.state)
+        optimized = {id(p) for p in trainer.optimizer.param_groups[0]["params"]}
+        assert optimized == {id(p) for p in trainer.model.parameters()}
 
 
 class Hostile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,7 +131,9 @@ class Checkpoint:
         """The network with the weights of the checkpoint, in eval mode."""
         with torch.device("meta"):
             model = self.network.build()
-        model.load_state_dict(self.state["model"], assign=True)
+        # a plain dict: torch notes `assign` in a state_dict's metadata, and would assign again when
+        # a Trainer loads it, behind its optimizer's back
+        model.load_state_dict(dict(self.state["model"]), assign=True)
         return model.eval()
 
 
@@ -140,5 +143,5 @@ def _first_line(error: Exception) -> str:
 
 def _detail(error: Exception) -> str:
     """What torch's refusal names as not allowed, if it does."""
-    _, found, rest = str(error).partition("Unsupported global: GLOBAL ")
-    return f" (it wants {rest.split()[0]})" if found else ""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f" (it wants {found[1]})" if found else ""

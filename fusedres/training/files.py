@@ -26,7 +26,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: it could not be written; the old file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")  # one name: a killed run leaves one at most
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -254,7 +254,8 @@ class _Run:
     def _show(self) -> None:
         trainer, bar = self.trainer, self.bar
         # reading the loss waits for the device: only when the bar is about to be drawn
-        if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
+        due = trainer.step == trainer.steps or time.time() - bar.last_print_t >= bar.mininterval
+        if due and not bar.disable:
             right = trainer.right.item() / (trainer.batch * trainer.batch_size)
             bar.set_postfix_str(
                 f"loss {trainer.loss.item():.3f}, accuracy {right:.1%}", refresh=False
