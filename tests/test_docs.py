@@ -50,13 +50,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for line in re.findall(
-        r"fusedres ((?:train|evaluate|predict|summary|gradients)\b[^`#\n]*)", page.read_text()
-    ):
+    commands = r"fusedres ((?:train|evaluate|predict|summary|gradients)\b[^`#\n]*)"
+    for line in re.findall(commands, page.read_text()):
         command, *words = line.split()
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known = capsys.readouterr().out
         for word in words:
             if word.startswith("--"):
-                assert f"{word.rstrip('.,;:')}" in known, line
+                assert word.rstrip(".,;:") in known, line
