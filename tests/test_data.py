@@ -99,6 +99,17 @@ def test_floats_from_0_to_1_are_brought_to_bytes(tmp_path: Path) -> None:
     assert_tiny(load(tmp_path / "a.npz"))
 
 
+def test_floats_that_overshoot_their_range_a_little_are_cut(tmp_path: Path) -> None:
+    content = arrays(KERAS)
+    for name in ("x_train", "x_test"):
+        content[name] = content[name] / np.float32(255)
+        content[name][0, 0, 0] = (1.002, -0.003, 0.5)
+    np.savez(tmp_path / "a.npz", classes=np.array(CLASSES), **content)
+    data = load(tmp_path / "a.npz")
+    assert data.train.read([0])[0, 0, 0].tolist() == [255, 0, 128]
+    assert torch.equal(data.train.read([1]), pictures(12)[0][1:2])
+
+
 def test_small_grey_pictures_grow_to_what_the_network_takes(tmp_path: Path) -> None:
     content = arrays(KERAS)
     for name in ("x_train", "x_test"):
@@ -131,12 +142,14 @@ def test_digits() -> None:
     assert load("digits", size=40).test.size == (40, 40)
 
 
-@pytest.mark.parametrize("test_name", ["test", "val"])
-def test_folder_of_train_and_test(tmp_path: Path, test_name: str) -> None:
-    write_pictures(tmp_path / "train")
+@pytest.mark.parametrize(
+    ("train_name", "test_name"), [("train", "test"), ("train", "val"), ("Training", "Testing")]
+)
+def test_folder_of_train_and_test(tmp_path: Path, train_name: str, test_name: str) -> None:
+    write_pictures(tmp_path / train_name)
     write_pictures(tmp_path / test_name, count=3)
-    (tmp_path / "train" / "red" / "notes.txt").write_text("not a picture")
-    (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / train_name / "red" / "notes.txt").write_text("not a picture")
+    (tmp_path / train_name / ".hidden").mkdir()
     data = load(tmp_path)
     assert (data.classes, data.train.size) == (CLASSES, (40, 40))
     images, labels = pictures(6, side=40)
@@ -152,6 +165,50 @@ def test_folder_without_a_test_part(tmp_path: Path, inside: str) -> None:
     data = load(tmp_path)
     assert data.train.labels.bincount().tolist() == [8, 8, 8]
     assert data.test.labels.bincount().tolist() == [2, 2, 2]
+
+
+def test_a_class_may_be_called_train_and_have_folders_in_it(tmp_path: Path) -> None:
+    write_pictures(tmp_path, count=30)
+    (tmp_path / "red").rename(tmp_path / "train")
+    (tmp_path / "blue" / "more").mkdir()
+    for path in list((tmp_path / "blue").glob("*.png"))[:5]:
+        path.rename(tmp_path / "blue" / "more" / path.name)
+    data = load(tmp_path)
+    assert data.classes == ("blue", "green", "train")
+    assert data.train.labels.bincount().tolist() == [8, 8, 8]
+
+
+def test_the_size_of_pictures_is_that_of_upright_and_not_of_huge_ones(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size in (("tall", (80, 40)), ("huge", (600, 600))):
+        for label in ("a", "b"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(3):
+                path = tmp_path / name / label / f"{i}.png"
+                Image.new("RGB", size, (i, 0, 0)).save(path, exif=exif)
+    assert load(tmp_path / "tall").train.size == (80, 40)
+    assert load(tmp_path / "huge").train.size == (224, 224)
+
+
+def test_a_folder_called_digits_is_not_the_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "digits", count=30)
+    monkeypatch.chdir(tmp_path)
+    data = load("./digits")
+    assert (data.classes, data.source) == (CLASSES, str(tmp_path / "digits"))
+    assert load("digits").source == "digits"
+
+
+def test_the_fingerprint_tells_other_pictures_and_other_labels(tmp_path: Path) -> None:
+    content = arrays(KERAS)
+    prints = set()
+    for name, change in (("x_train", 1), ("y_test", 1), ("x_test", 2), ("x_test", 0)):
+        other = content | {name: (content[name] + change) % (3 if name[0] == "y" else 256)}
+        np.savez(tmp_path / "a.npz", classes=np.array(CLASSES), **other)
+        prints.add(load(tmp_path / "a.npz").fingerprint)
+    assert len(prints) == 4
 
 
 def test_pictures_that_differ_in_size_become_224_or_what_is_asked_for(tmp_path: Path) -> None:
@@ -241,6 +298,22 @@ def damaged_npz(folder: Path) -> Path:
     return path
 
 
+def bare_array(folder: Path) -> Path:
+    np.save(folder / "a.npy", np.zeros(3))
+    return (folder / "a.npy").rename(folder / "a.npz")
+
+
+def empty_hdf5_array(folder: Path) -> Path:
+    content = arrays(SIGNS) | {"train_set_y": h5py.Empty("int64")}
+    return write_hdf5(folder / "a.h5", content)
+
+
+def parts_by_other_names(folder: Path) -> Path:
+    write_pictures(folder / "first")
+    write_pictures(folder / "second")
+    return folder
+
+
 def two_sets_in_a_folder(folder: Path) -> Path:
     train = write_pair(folder)
     (folder / "train_cats.h5").write_bytes(train.read_bytes())
@@ -306,6 +379,12 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
         "not a readable HDF5 file",
     ),
     "two sets in a folder": (two_sets_in_a_folder, "is in train_cats.h5 as well"),
+    "h5 array without values": (empty_hdf5_array, "train_set_y is no array"),
+    "h5 array that is a number": (
+        lambda folder: write_hdf5(folder / "a.h5", arrays(SIGNS) | {"train_set_x": 3}),
+        "train_set_x is no array",
+    ),
+    "npy called npz": (bare_array, "not a readable .npz file"),
     "truncated npz": (truncated_npz, "not a readable .npz file"),
     "damaged npz": (damaged_npz, "not a readable .npz file"),
     "pickled npz": (set_to("y_train", np.array([{}] * 12)), "not a readable .npz file"),
@@ -319,11 +398,19 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no pictures": (set_to("x_train", np.zeros((0, 32, 32, 3), np.uint8)), "[0, 32, 32, 3]"),
     "negative pixels": (set_to("x_train", np.full((12, 32, 32, 3), -1)), "from -1 to -1"),
     "NaN pixels": (set_to("x_train", np.full((12, 32, 32, 3), np.nan)), "from nan"),
+    "floats of no known range": (
+        set_to("x_train", np.full((12, 32, 32, 3), 1.5)),
+        "is its range 0 to 1 or 0 to 255?",
+    ),
     "text for pictures": (set_to("x_train", np.full((12, 32, 32, 3), "a")), "got <U1"),
     "fewer labels": (set_to("y_train", np.zeros(11, int)), "12 labels"),
     "one-hot labels": (set_to("y_train", np.eye(12, dtype=int)), "12 labels"),
     "float labels": (set_to("y_train", np.zeros(12)), "must be integers, got float64"),
     "label too large": (set_to("y_train", np.arange(12)), "must be from 0 to 2"),
+    "labels beyond counting": (
+        broken(lambda c: c.pop("classes") is not None and c.update(y_train=np.arange(12) + 2**40)),
+        "more than there are pictures",
+    ),
     "negative label": (set_to("y_train", np.arange(12) - 11), "got -11 to 0"),
     "one class": (set_to("y_train", np.ones(12, int)), "of one class, 'green'"),
     "test pictures of another size": (
@@ -334,6 +421,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "16 bits": (sixteen_bits, "more than 8 bits a channel"),
     "class without pictures": (class_without_pictures, "violet: no pictures in it"),
     "test class that was not trained": (strange_test_class, "violet: no class of that name"),
+    "parts by other names": (parts_by_other_names, "first, second hold the same folders"),
     "folder of one class": (one_class_folder, "of one class, 'red'"),
     "class with a single picture": (single_picture, "has a single picture"),
 }

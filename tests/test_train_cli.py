@@ -12,11 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from fusedres.cli import main
+from fusedres.cli.evaluate import by_class
+from fusedres.training import Evaluation, Recipe, resume, train
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -105,17 +108,18 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_killed_and_resumed(tmp_path: Path, data: Path, finished: Path) -> None:
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_killed_and_resumed(tmp_path: Path, data: Path, finished: Path, epochs: int) -> None:
     run = start("train", "--data", str(data), *OPTIONS, "--out", str(tmp_path))
-    wait_for((tmp_path / "checkpoint.pt").exists, run)
+    wait_for((tmp_path / ("log.csv" if epochs else "checkpoint.pt")).exists, run)
     run.kill()
     run.communicate()
     assert not (tmp_path / "result.json").exists()
-    assert len(content(tmp_path)["state"]["history"]) in (1, 2)  # type: ignore[index]
+    assert len(content(tmp_path)["state"]["history"]) >= epochs  # type: ignore[index]
     done = start("train", "--resume", "--out", str(tmp_path))
     stdout, stderr = done.communicate()
     assert done.returncode == 0, stderr
-    assert "epoch   1/3" not in stdout
+    assert ("epoch   1/3" in stdout) is (epochs == 0)
     assert_same_end(tmp_path, finished)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES  # no half of a file is left
 
@@ -157,6 +161,112 @@ def test_out_of_room(tmp_path: Path, data: Path) -> None:
     assert names == ["checkpoint.pt", "log.csv"]  # no half of a file
 
 
+def test_the_whole_group_stopped_while_workers_read(tmp_path: Path) -> None:
+    """As `timeout` and batch systems stop a program."""
+    images, labels = tiny.pictures(600)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (tmp_path / "data" / tiny.CLASSES[int(label)]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(
+            tmp_path / "data" / tiny.CLASSES[int(label)] / f"{i}.bmp"
+        )
+    program = (
+        "import sys; from fusedres.training.data import folder; folder.IN_MEMORY = 0; "
+        "from fusedres.cli import main; sys.exit(main())"
+    )
+    out = tmp_path / "out"
+    options = [*OPTIONS, "--data", str(tmp_path / "data"), "--workers", "2", "--out", str(out)]
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, "train", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for((out / "checkpoint.pt").exists, run)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert last_line(stderr).startswith("fusedres: stopped after step "), stderr
+    assert content(out)["state"]["step"] > 0  # type: ignore[index, operator]
+
+
+def test_a_run_gone_wrong_leaves_the_checkpoint_of_before(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--lr", "1e38", "--warmup", "0", "--optimizer", "sgd", "--device", "cpu"]
+    assert main(["train", "--data", str(data), *OPTIONS, *options, "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "no longer finite in epoch 1; try a lower learning rate than 1e+38" in last_line(err)
+    assert content(tmp_path)["state"]["step"] == 0  # type: ignore[index]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt"]
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path: Path, data: Path) -> None:
+    options = [*OPTIONS, "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", "--data", str(data), *options]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    again = ["--overwrite", "--lr", "1e38", "--warmup", "0", "--optimizer", "sgd"]
+    assert main(["train", "--data", str(data), *options, *again]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_class_names_of_any_kind_and_no_progress(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x, y = tiny.pictures(24)
+    names = np.array(["a$_$b", "line\nbreak", "$5"])
+    np.savez(tmp_path / "a.npz", x_train=x.numpy(), y_train=y.numpy(), classes=names)
+    recipe = Recipe(epochs=2, batch_size=8, amp="off")
+    result = train(tmp_path / "a.npz", tmp_path / "run", recipe, model="resnet18", progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert (result.epochs, result.num_classes) == (2, 3)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    (tmp_path / "run" / "log.csv").unlink()
+    assert resume(tmp_path / "run", progress=False).test_loss == pytest.approx(result.test_loss)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+
+
+def test_resume_of_a_checkpoint_without_its_optimizer(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    less = content(finished)
+    del less["state"]["optimizer"]  # type: ignore[attr-defined]
+    torch.save(less, tmp_path / "checkpoint.pt")
+    assert main(["train", "--resume", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith("checkpoint.pt: damaged: 'optimizer'\n")
+
+
+def test_resume_wants_the_folder(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished / "checkpoint.pt"
+    assert main(["train", "--resume", "--device", "cpu", "--out", str(file)]) == 1
+    assert "cannot write there" in capsys.readouterr().err
+
+
+def test_memory_and_compiler_errors_are_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error: Exception = RuntimeError("a fault of ours")
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fusedres.cli.train.train", fails)
+    for given, part in (
+        (MemoryError(), "try a smaller --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "try a smaller --batch-size"),
+        (torch._dynamo.exc.Unsupported("no compiler\nfound"), "torch.compile failed: no compiler"),
+    ):
+        error = given
+        assert main(["train", "--data", str(data), "--out", str(tmp_path)]) == 1
+        err = capsys.readouterr().err
+        assert part in err and err.count("\n") == 1
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["train", "--data", str(data), "--out", str(tmp_path)])
+
+
 def test_evaluate_finds_what_training_found(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +285,16 @@ def test_evaluate_finds_what_training_found(
     assert out.count("\n") == 5  # a line for each class
     assert main([*arguments, "--part", "train"]) == 0
     assert "on 26 pictures" in capsys.readouterr().out
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    confusion = torch.tensor([[3, 1, 0], [0, 5, 0], [2, 2, 0]])
+    lines = [line.split() for line in by_class(Evaluation(0.1, confusion), ("a", "a", "b"))][1:]
+    assert lines == [
+        ["a", "4", "75%", "a", "(1)"],
+        ["a", "5", "100%"],
+        ["b", "4", "0%", "a", "(2)"],
+    ]
 
 
 def test_evaluate_on_other_data(
@@ -243,6 +363,8 @@ def test_a_hostile_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ([], 2, "--data is needed"),
         (["--data", "absent"], 1, "absent: no such file"),
         (["--data", "{data}", "--epochs", "0"], 2, "--epochs"),
+        (["--data", "{data}", "--batch-size", "1"], 2, "from 2 up"),
+        (["--data", "{data}", "--seed", "9" * 30], 2, "--seed"),
         (["--data", "{data}", "--lr", "-1"], 1, "lr must be above 0"),
         (["--data", "{data}", "--warmup", "20"], 1, "warmup is a share"),
         (["--data", "{data}", "--variant", "caffe"], 2, "caffe"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import os
@@ -33,6 +34,7 @@ from fusedres.training import preprocess as preprocess_module
 from fusedres.training.data import ArrayPictures
 from fusedres.training.data import folder as folder_module
 from fusedres.training.preprocess import AUGMENTATIONS, augmented, unit
+from fusedres.training.recipe import AMP
 from fusedres.training.run import log_csv
 from fusedres.training.trainer import seeded
 
@@ -69,6 +71,8 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     [
         ({"epochs": 0}, "epochs must be an integer from 1 up, got 0"),
         ({"epochs": 2.5}, "epochs"),
+        ({"batch_size": 1}, "batch_size must be an integer from 2 up, got 1"),
+        ({"seed": 2**63}, "seed"),
         ({"batch_size": True}, "batch_size"),
         ({"seed": -1}, "seed"),
         ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd"),
@@ -100,6 +104,21 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup: float) -> Non
         assert rates[-1] < 1e-6
 
 
+@pytest.mark.parametrize("warmup", [0, 0.05, 0.1, 0.2, 0.25, 0.5, 1])
+def test_learning_rate_of_short_runs(warmup: float) -> None:
+    for steps in range(1, 22):
+        recipe = Recipe(warmup=warmup)
+        optimizer = recipe.make_optimizer(nn.Linear(1, 1))
+        schedule = recipe.make_schedule(optimizer, steps)
+        rates = []
+        for step in range(steps):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            if step + 1 < steps:
+                schedule.step()
+        assert 0.3 * recipe.peak_lr < max(rates) <= recipe.peak_lr, steps
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_it_learns(optimizer: str) -> None:
     recipe = Recipe(
@@ -114,7 +133,10 @@ def test_it_learns(optimizer: str) -> None:
 def test_half_types(amp: str) -> None:
     trainer = Trainer(tiny.model(), tiny.data(), replace(RECIPE, amp=amp))
     before = weights(trainer)
+    dtypes = set()
+    trainer.model.register_forward_hook(lambda module, inputs, out: dtypes.add(out.dtype))
     trainer.run()
+    assert dtypes == {AMP[amp]}  # in training and in testing
     assert trainer.scaler.is_enabled() is (amp == "fp16")
     assert all(math.isfinite(epoch.train_loss) for epoch in trainer.history)
     assert not torch.equal(before["0.conv.weight"], weights(trainer)["0.conv.weight"])
@@ -133,19 +155,54 @@ def test_compiled_and_eager_agree() -> None:
         assert torch.allclose(value, compiled.model.state_dict()[name], atol=1e-4), name
 
 
-def test_a_loss_that_is_not_finite_ends_the_run() -> None:
+@pytest.mark.parametrize("step", [4, 6])  # within an epoch, and after the last loss of one
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_numbers_that_are_not_finite_end_the_run(step: int, value: float) -> None:
     model = tiny.model()
     trainer = Trainer(model, tiny.data(), RECIPE)
 
     def spoil() -> None:
-        if trainer.step == 4:
-            nn.init.constant_(model[-1].weight, math.inf)
+        if trainer.step == step:
+            nn.init.constant_(model[-1].weight, value)
 
-    with pytest.raises(
-        TrainingError, match=r"nan in epoch 2; try a lower learning rate than 0\.01"
-    ):
+    expected = r"no longer finite in epoch 2; try a lower learning rate than 0\.01$"
+    with pytest.raises(TrainingError, match=expected):
         trainer.run(spoil)
     assert len(trainer.history) == 1
+
+
+def test_a_step_is_what_the_recipe_says() -> None:
+    recipe = Recipe(
+        epochs=2,
+        batch_size=26,
+        lr=0.1,
+        warmup=0,
+        weight_decay=0.3,
+        label_smoothing=0.2,
+        augment="none",
+        amp="off",
+        optimizer="sgd",
+    )
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    by_hand = copy.deepcopy(flat)
+    trainer = Trainer(flat, tiny.data(), recipe)
+    with pytest.raises(Stop):
+        trainer.run(stop_after(trainer, 1))
+
+    data = tiny.data()
+    inputs = trainer.preprocess(unit(data.train.read(range(26))))
+    log_p = by_hand(inputs).log_softmax(1)
+    target = 0.8 * nn.functional.one_hot(data.train.labels, 3) + 0.2 / 3
+    loss = -(target * log_p).sum(1).mean()
+    loss.backward()
+    assert trainer.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for ours, plain in zip(flat.parameters(), by_hand.parameters(), strict=True):
+        gradient = plain.grad + 0.3 * plain
+        expected = plain - trainer.lr * (gradient + 0.9 * gradient)  # Nesterov's first step
+        assert torch.allclose(ours, expected, atol=1e-6)
+    assert recipe.make_optimizer(flat).defaults["nesterov"]
+    adamw = replace(recipe, optimizer="adamw").make_optimizer(flat)
+    assert (type(adamw).__name__, adamw.defaults["weight_decay"]) == ("AdamW", 0.3)
 
 
 def test_more_pictures_a_step_than_there_are() -> None:
@@ -258,6 +315,36 @@ def test_preprocess_standardises_what_it_was_fit_to() -> None:
     assert torch.allclose(mean, torch.zeros(3).double(), atol=1e-6)
     assert torch.allclose(std, torch.ones(3).double(), atol=1e-6)
     assert preprocess.channels == 3
+
+
+def test_preprocess_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = ArrayPictures(*tiny.pictures(26))
+    whole = Preprocess.fit(pictures)
+    monkeypatch.setattr(preprocess_module, "AT_ONCE", 3 * 32 * 32 * 3)  # 3 pictures at a time
+    parts = Preprocess.fit(pictures)
+    assert parts.mean == pytest.approx(whole.mean, rel=1e-12)
+    assert parts.std == pytest.approx(whole.std, rel=1e-12)
+    monkeypatch.setattr(preprocess_module, "SAMPLE", 9)  # every third
+    read: list[int] = []
+    monkeypatch.setattr(
+        ArrayPictures, "read", lambda self, i: read.extend(i) or self.images[list(i)]
+    )
+    Preprocess.fit(pictures)
+    assert read == list(range(0, 26, 3))
+
+
+def test_turning_keeps_the_shape_of_what_is_in_an_oblong_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    still(monkeypatch, "ANGLE")
+    images = torch.zeros(64, 1, 32, 96)
+    images[:, :, 14:18, 60:64] = 1  # 13.5 right of the middle
+    light = augmented(images, "affine", seeded(0))[:, 0]
+    light = light / light.sum((1, 2), keepdim=True)
+    y = (light.sum(2) * torch.arange(32.0)).sum(1) - 15.5
+    x = (light.sum(1) * torch.arange(96.0)).sum(1) - 47.5
+    assert torch.allclose(torch.hypot(x, y), torch.tensor(14.0), atol=0.3)
+    assert 0.2 < torch.atan2(y, x).abs().max() <= math.radians(15) + 0.01
 
 
 def test_preprocess_of_pictures_without_contrast_stays_finite() -> None:
@@ -457,6 +544,10 @@ def without(name: str) -> Callable[[dict[str, Any]], object]:
         (lambda c: c["recipe"].update(epochs=-1), "damaged: epochs"),
         (lambda c: c["state"]["model"].pop("fc.bias"), "damaged"),
         (lambda c: c.update(surprise=1), "damaged"),
+        (lambda c: c.update(classes=c["classes"][1:]), "damaged: classes, mean and std"),
+        (lambda c: c["preprocess"].update(mean=(0.5,)), "damaged: classes, mean and std"),
+        (lambda c: c["preprocess"].update(size=("32", 32)), "damaged: size, mean, std"),
+        (lambda c: c.update(source=3), "damaged: classes, source"),
     ],
 )
 def test_a_checkpoint_that_makes_no_sense_is_refused(
@@ -479,6 +570,11 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, saved: tuple[Checkpoint, 
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=f"^[^\n]*{name}: refused[^\n]*$"):
             Checkpoint.load(tmp_path / name)
+    spoilt = bytearray(whole)
+    spoilt[len(whole) // 2] ^= 1  # of a weight
+    (tmp_path / "spoilt.pt").write_bytes(spoilt)
+    with pytest.raises(CheckpointError, match=r"spoilt\.pt: damaged: .* is not what was written"):
+        Checkpoint.load(tmp_path / "spoilt.pt")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         Checkpoint.load(tmp_path / "absent.pt")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: no such checkpoint"):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+import torch
 
 from fusedres import backends
 from fusedres._version import __version__
 from fusedres.cli import demo, evaluate, gradients, info, predict, summary, train
 from fusedres.cli._command import UserError
 from fusedres.training import TrainingError
+from fusedres.training.files import one_line
 
 __all__ = ["main"]
 
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no text
     try:
         args = parser.parse_args(argv)
         _check_environment()
@@ -57,12 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"fusedres: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        explained = _explained(error)
+        if explained is None:
+            raise
+        print(f"fusedres: {explained}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"fusedres: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"fusedres: {stop if str(stop) else 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _explained(error: MemoryError | RuntimeError) -> str | None:
+    """In one line what a user can do about an error of torch's; None for one of ours to mend."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if full or "can't allocate memory" in str(error):
+        return "not enough memory; try a smaller --batch-size or --image-size"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile: torch.compile failed: {one_line(error)}"
+    return None
 
 
 def _check_environment() -> None:

@@ -62,15 +62,15 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def at_least(minimum: int) -> Any:
-    """For argparse: an integer from `minimum` up."""
+def at_least(minimum: int, maximum: int = 2**31 - 1) -> Any:
+    """For argparse: an integer from `minimum` up (and not beyond what anything here can use)."""
 
     def integer(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
+        if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"must be an integer from {minimum} up, got {text!r}")
         return value
 

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         choices=("test", "train"),
         default="test",
-        help="which part of the data (default %(default)s)",
+        help="which part of the data (default %(default)s; where they have no test part, the fifth "
+        "that train holds out)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.part} accuracy {evaluation.accuracy:.1%} on {count} pictures, loss "
             f"{evaluation.loss:.3f}"
         )
-        for line in _by_class(evaluation, classifier.classes):
+        for line in by_class(evaluation, classifier.classes):
             print(line)
     if args.figure is not None:
         title = f"{evaluation.accuracy:.1%} of {count} {args.part} pictures"
@@ -63,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _by_class(evaluation: Evaluation, classes: tuple[str, ...]) -> Iterator[str]:
+def by_class(evaluation: Evaluation, classes: tuple[str, ...]) -> Iterator[str]:
+    """A table with a line for each class."""
     width = max(len("class"), *map(len, classes))
     yield f"{'class':{width}}  pictures  right  most often taken for"
-    for name, row in zip(classes, evaluation.confusion, strict=True):
-        label = classes.index(name)
+    for label, (name, row) in enumerate(zip(classes, evaluation.confusion, strict=True)):
         wrong = row.clone()
         wrong[label] = 0
         other = f"{classes[int(wrong.argmax())]} ({int(wrong.max())})" if wrong.any() else ""

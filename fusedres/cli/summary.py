@@ -89,8 +89,10 @@ def _size(text: str) -> tuple[int, int, int]:
         height, width, channels = (int(part) for part in text.split(","))
     except ValueError:
         height = width = channels = 0
-    if min(height, width) < 32 or channels < 1:
-        raise argparse.ArgumentTypeError(f"must be H,W,C with H and W from 32 up, got {text!r}")
+    if not 32 <= min(height, width) <= max(height, width) <= 2**15 or not 1 <= channels <= 2**15:
+        raise argparse.ArgumentTypeError(
+            f"must be H,W,C with H and W from 32 and C from 1 to {2**15}, got {text!r}"
+        )
     return height, width, channels
 
 

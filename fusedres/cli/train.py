@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--batch-size",
-        type=at_least(1),
+        type=at_least(2),  # BatchNorm needs more than one value per channel
         help=f"pictures per step (default {DEFAULT.batch_size})",
     )
     add("--lr", type=float, help=f"learning rate at its peak (default {rates}, for batches of 32)")
@@ -57,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-smoothing", type=float, help=f"(default {DEFAULT.label_smoothing})")
     add(
         "--augment",
+        nargs="?",
+        const=DEFAULT.augment,
         choices=AUGMENTATIONS,
         help="turn, scale, shift and light each picture anew, flip it too, only shift it, or not "
         f"(default {DEFAULT.augment})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from fusedres import models
 from fusedres._version import __version__
-from fusedres.training.files import CheckpointError, write_atomically
+from fusedres.training.files import CheckpointError, one_line, write_atomically
 from fusedres.training.preprocess import Preprocess
 from fusedres.training.recipe import Recipe
 
@@ -99,7 +100,13 @@ class Checkpoint:
         """
         path = path / FILE if path.is_dir() else path
         try:
+            with zipfile.ZipFile(path) as archive:  # torch looks at no checksum
+                broken = archive.testzip()
+            if broken is not None:
+                raise CheckpointError(f"{path}: damaged: {broken} in it is not what was written")
             content = torch.load(path, map_location="cpu", weights_only=True)
+        except CheckpointError:
+            raise
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such checkpoint") from None
         except OSError as error:
@@ -122,10 +129,28 @@ class Checkpoint:
                     "classes": tuple(content["classes"]),
                 }
             )
-            checkpoint.model()
+            checkpoint.check()
         except Exception as error:  # the file says anything it likes
-            raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from None
+            raise CheckpointError(f"{path}: damaged: {one_line(error)}") from None
         return checkpoint
+
+    def check(self) -> None:
+        """See that the parts fit each other.
+
+        Raises:
+            Exception: of any kind; they do not.
+        """
+        self.model()
+        network, preprocess = self.network, self.preprocess
+        counts = len(self.classes), len(preprocess.mean), len(preprocess.std)
+        if counts != (network.num_classes, network.in_channels, network.in_channels):
+            raise ValueError("classes, mean and std do not fit the network")
+        numbers = (*preprocess.size, *preprocess.mean, *preprocess.std, self.wall)
+        texts = (*self.classes, self.source, self.fingerprint)
+        if not all(isinstance(n, int | float) for n in numbers) or len(preprocess.size) != 2:
+            raise TypeError("size, mean, std and wall must be numbers")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("classes, source and fingerprint must be strings")
 
     def model(self) -> nn.Module:
         """The network with the weights of the checkpoint, in eval mode."""
@@ -135,10 +160,6 @@ class Checkpoint:
         # a Trainer loads it, behind its optimizer's back
         model.load_state_dict(dict(self.state["model"]), assign=True)
         return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "").rstrip(":") or type(error).__name__
 
 
 def _detail(error: Exception) -> str:

@@ -32,12 +32,17 @@ def save_figure(path: Path, figure: Any) -> None:
     write_atomically(path, content.getvalue())
 
 
+def text_of(name: str) -> str:
+    """Any text as matplotlib shows it literally: no mathematics, no half characters."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def curves(history: Sequence[Epoch], title: str) -> Any:
     """Loss and accuracy against epoch, training and test."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = new_figure(9, 4)
-    figure.suptitle(title)
+    figure.suptitle(text_of(title))
     epochs = [row.epoch for row in history]
     panels = (
         ("loss", "cross-entropy", [(e.train_loss, e.test_loss) for e in history]),
@@ -70,9 +75,9 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str) -> A
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
     image = axes.imshow(confusion.numpy(), cmap="Blues", vmin=0)
-    axes.set(title=title, xlabel="predicted class", ylabel="true class")
+    axes.set(title=text_of(title), xlabel="predicted class", ylabel="true class")
     if count <= NAMED:
-        names = [n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}…" for n in classes]
+        names = [text_of(n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}…") for n in classes]
         turned = 90 if max(map(len, names)) > 3 else 0
         axes.set_xticks(range(count), names, rotation=turned)
         axes.set_yticks(range(count), names)

@@ -20,6 +20,11 @@ class CheckpointError(TrainingError):
     """A checkpoint that cannot be read, trusted or written; names the file."""
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return next(iter(str(error).splitlines()), "").rstrip(":") or type(error).__name__
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is either the old one or the whole new one, also when the power goes.
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedres.training.data import Data
-from fusedres.training.figures import new_figure
+from fusedres.training.figures import new_figure, text_of
 from fusedres.training.files import TrainingError
 from fusedres.training.preprocess import Preprocess, unit
 from fusedres.training.trainer import seeded
@@ -98,7 +98,9 @@ class Gradients:
     def figure(self) -> Any:
         """Norm against iteration, a panel for each network, a line for each layer of SHOWN."""
         figure = new_figure(10, 4.6)
-        figure.suptitle(f"Gradient norm by layer, {LAYERS} sigmoid layers, on {self.source}")
+        figure.suptitle(
+            f"Gradient norm by layer, {LAYERS} sigmoid layers, on {text_of(self.source)}"
+        )
         titles = ("plain", "residual: the same with a shortcut around each layer")
         panels = figure.subplots(1, 2, sharey=True)
         colors = ("#440154", "#31688e", "#35b779", "#e8a50c")

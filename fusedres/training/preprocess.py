@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedres.training.data import Pictures
 
 SAMPLE = 4096  # pictures that mean and standard deviation are taken over, at most
+AT_ONCE = 2**24  # values read at a time for them
 AUGMENTATIONS = ("affine", "affine+flip", "shift", "none")
 ANGLE = math.radians(15)
 ZOOM = 0.15
@@ -35,10 +36,21 @@ class Preprocess:
     @classmethod
     def fit(cls, pictures: Pictures) -> Preprocess:
         """Mean and standard deviation over the pictures, or SAMPLE of them evenly spread."""
-        step = max(1, len(pictures) // SAMPLE)
-        values = unit(pictures.read(range(0, len(pictures), step))).to(torch.float64)
-        std, mean = torch.std_mean(values, (0, 2, 3), correction=0)
-        return cls(pictures.size, tuple(mean.tolist()), tuple(std.clamp(min=1e-3).tolist()))
+        index = range(0, len(pictures), -(-len(pictures) // SAMPLE))
+        height, width = pictures.size
+        at_once = max(1, AT_ONCE // (height * width * pictures.channels))
+        count = 0
+        mean = m2 = torch.zeros(pictures.channels, dtype=torch.float64)
+        for start in range(0, len(index), at_once):  # merged by Chan's formula
+            values = unit(pictures.read(index[start : start + at_once])).to(torch.float64)
+            n = values.numel() // pictures.channels
+            part_var, part_mean = torch.var_mean(values, (0, 2, 3), correction=0)
+            shift = part_mean - mean
+            m2 = m2 + part_var * n + shift**2 * (count * n / (count + n))
+            mean = mean + shift * (n / (count + n))
+            count += n
+        std = (m2 / count).sqrt().clamp(min=1e-3)
+        return cls(pictures.size, tuple(mean.tolist()), tuple(std.tolist()))
 
     @property
     def channels(self) -> int:
@@ -67,7 +79,7 @@ def augmented(images: Tensor, augmentation: str, generator: torch.Generator) -> 
     """
     if augmentation == "none":
         return images
-    count = len(images)
+    count, _, height, width = images.shape
     draws = torch.rand(6, count, generator=generator) * 2 - 1  # each -1 to 1
     angle, zoom, x, y = draws[0] * ANGLE, 1 + draws[1] * ZOOM, draws[2] * SHIFT, draws[3] * SHIFT
     brightness, mirror = draws[4] * BRIGHTNESS, torch.ones(count)
@@ -75,10 +87,11 @@ def augmented(images: Tensor, augmentation: str, generator: torch.Generator) -> 
         mirror = torch.where(draws[5] < 0, -1.0, 1.0)
     if augmentation == "shift":
         angle, zoom, brightness = torch.zeros(count), torch.ones(count), torch.zeros(count)
+    cos, sin = angle.cos(), angle.sin()
     # rows of the map from where a value goes to where it comes from, the picture spanning -1 to 1
     rows = (
-        torch.stack((zoom * angle.cos() * mirror, -zoom * angle.sin(), 2 * x), 1),
-        torch.stack((zoom * angle.sin() * mirror, zoom * angle.cos(), 2 * y), 1),
+        torch.stack((zoom * cos * mirror, -zoom * sin * (height / width), 2 * x), 1),
+        torch.stack((zoom * sin * mirror * (width / height), zoom * cos, 2 * y), 1),
     )
     theta = torch.stack(rows, 1).to(images.device, images.dtype)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)

@@ -23,7 +23,8 @@ class Recipe:
 
     Args:
         epochs: times through the training pictures.
-        batch_size: pictures a step; at most as many as there are.
+        batch_size: pictures a step, from 2 up, as BatchNorm needs more than one; at most as many
+            as there are.
         optimizer: "adamw", or "sgd" (momentum 0.9, Nesterov's).
         lr: learning rate at its peak. None: LEARNING_RATE of the optimizer, for a batch of 32.
         weight_decay: None: WEIGHT_DECAY of the optimizer.
@@ -53,9 +54,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        for name, minimum in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not minimum <= value < 2**63:
                 raise TrainingError(f"{name} must be an integer from {minimum} up, got {value!r}")
         for name, accepted in (
             ("optimizer", OPTIMIZERS),
@@ -98,8 +100,9 @@ class Recipe:
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             self.peak_lr,
-            total_steps=steps,
-            pct_start=self.warmup,
+            total_steps=max(steps, 2),  # of a single step torch would take the last, slowest rate
+            # a rise of one step or less is none, and torch would divide by its length less one
+            pct_start=float(self.warmup) if self.warmup * steps > 1 else 0.0,
             cycle_momentum=False,
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,7 +23,15 @@ from fusedres.models.resnet import VARIANTS
 from fusedres.training.checkpoint import FILE, NETWORKS, Checkpoint, Network
 from fusedres.training.data import load
 from fusedres.training.figures import confusion_matrix, curves, save_figure
-from fusedres.training.files import DataError, TrainingError, make_folder, require, write_atomically
+from fusedres.training.files import (
+    CheckpointError,
+    DataError,
+    TrainingError,
+    make_folder,
+    one_line,
+    require,
+    write_atomically,
+)
 from fusedres.training.recipe import Recipe
 from fusedres.training.trainer import Epoch, Evaluation, Trainer
 
@@ -88,9 +96,9 @@ def train(
 ) -> Result:
     """Train a network from scratch.
 
-    Writes into `out`, each file whole or not at all: checkpoint.pt and log.csv after every epoch
-    (the checkpoint also on Ctrl-C, which then raises), curves.png, confusion_matrix.png and
-    result.json at the end. `resume` takes up a run that was interrupted or killed.
+    Writes into `out`, each file whole or not at all: checkpoint.pt at the beginning, after every
+    epoch and on Ctrl-C (which then raises); log.csv after every epoch; at the end result.json,
+    curves.png and confusion_matrix.png. `resume` takes up a run that was interrupted or killed.
 
     Args:
         data: as fusedres.training.load takes it; its path is kept in the checkpoint.
@@ -100,7 +108,7 @@ def train(
         variant: as FusedResNet50 takes it.
         size: what to scale the pictures to, as `load` takes it.
         device: where to run.
-        workers: processes that read pictures too many to be held in memory.
+        workers: processes that read pictures too many to be held in memory; None: up to four.
         overwrite: begin anew where `out` has a checkpoint already.
         progress: show a bar on stderr and a line for each epoch on stdout.
 
@@ -126,7 +134,11 @@ def train(
     network = Network(model, variant, len(loaded.classes), loaded.train.channels)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(network.build(), loaded, recipe, device=device, workers=workers)
-    return _Run(trainer, network, out, progress).finish()
+    run = _Run(trainer, network, out, progress)
+    run.save()  # so that a run killed in its first epoch is this one, too
+    for name in (LOG, CURVES, CONFUSION, RESULT):  # of a run that is overwritten
+        (out / name).unlink(missing_ok=True)
+    return run.finish()
 
 
 def resume(
@@ -151,14 +163,25 @@ def resume(
     """
     out = Path(out)
     saved = Checkpoint.load(out)
+    make_folder(out)
     loaded = load(saved.source if data is None else data, saved.preprocess.size)
     if loaded.fingerprint != saved.fingerprint:
         raise DataError(
             f"{loaded.source}: not the data that the run in {out} began with: other pictures, "
             "labels or classes"
         )
-    trainer = Trainer(saved.network.build(), loaded, saved.recipe, device=device, workers=workers)
-    trainer.load_state_dict(saved.state)
+    trainer = Trainer(
+        saved.network.build(),
+        loaded,
+        saved.recipe,
+        device=device,
+        workers=workers,
+        preprocess=saved.preprocess,
+    )
+    try:
+        trainer.load_state_dict(saved.state)
+    except Exception as error:  # the file says anything it likes
+        raise CheckpointError(f"{out / FILE}: damaged: {one_line(error)}") from None
     return _Run(trainer, saved.network, out, progress, saved.wall).finish()
 
 
@@ -209,14 +232,24 @@ class _Run:
             def on_step() -> None:
                 self._show()
                 if asked:
-                    self.save()
-                    raise KeyboardInterrupt(
-                        f"stopped after step {trainer.step} of {trainer.steps}; to go on: fusedres "
-                        f"train --resume --out {shlex.quote(str(self.out))}"
-                    )
+                    self._stop()
 
-            evaluation = trainer.run(on_step, self._epoch_done)
+            try:
+                evaluation = trainer.run(on_step, self._epoch_done)
+            except RuntimeError:
+                if not asked:
+                    raise
+                self._stop()  # the signal ended the workers as well, between two steps
         return self._conclude(evaluation)
+
+    def _stop(self) -> NoReturn:
+        trainer = self.trainer
+        trainer.check_finite()  # or keep the checkpoint of before
+        self.save()
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.step} of {trainer.steps}; to go on: fusedres train "
+            f"--resume --out {shlex.quote(str(self.out))}"
+        )
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -226,7 +259,7 @@ class _Run:
             recipe=trainer.recipe,
             preprocess=trainer.preprocess,
             classes=trainer.data.classes,
-            source=_absolute(trainer.data.source),
+            source=trainer.data.source,
             fingerprint=trainer.data.fingerprint,
             wall=time.perf_counter() - self.start,
             state=trainer.state_dict(),
@@ -234,7 +267,7 @@ class _Run:
 
     def _epoch_done(self, evaluation: Evaluation) -> None:
         self.save()
-        write_atomically(self.out / LOG, log_csv(self.trainer.history))
+        self._write_log()
         row = self.trainer.history[-1]
         if self.progress:
             self.bar.write(
@@ -247,6 +280,9 @@ class _Run:
             sys.stdout.flush()
         self._describe()
 
+    def _write_log(self) -> None:
+        write_atomically(self.out / LOG, log_csv(self.trainer.history))
+
     def _describe(self) -> None:
         epoch = min(self.trainer.epoch + 1, self.trainer.recipe.epochs)
         self.bar.set_description_str(f"epoch {epoch}/{self.trainer.recipe.epochs}", refresh=False)
@@ -254,8 +290,9 @@ class _Run:
     def _show(self) -> None:
         trainer, bar = self.trainer, self.bar
         # reading the loss waits for the device: only when the bar is about to be drawn
-        due = trainer.step == trainer.steps or time.time() - bar.last_print_t >= bar.mininterval
-        if due and not bar.disable:
+        if not bar.disable and (
+            trainer.step == trainer.steps or time.time() - bar.last_print_t >= bar.mininterval
+        ):
             right = trainer.right.item() / (trainer.batch * trainer.batch_size)
             bar.set_postfix_str(
                 f"loss {trainer.loss.item():.3f}, accuracy {right:.1%}", refresh=False
@@ -265,16 +302,6 @@ class _Run:
     def _conclude(self, evaluation: Evaluation) -> Result:
         trainer, network = self.trainer, self.network
         history, recipe = trainer.history, trainer.recipe
-        title = f"{network.model} ({network.variant}) on {trainer.data.name}"
-        save_figure(self.out / CURVES, curves(history, title))
-        save_figure(
-            self.out / CONFUSION,
-            confusion_matrix(
-                evaluation.confusion,
-                trainer.data.classes,
-                f"{title}\n{evaluation.accuracy:.1%} of {len(trainer.data.test)} test pictures",
-            ),
-        )
         rates = sorted(row.img_per_s for row in history)
         result = Result(
             test_accuracy=evaluation.accuracy,
@@ -302,18 +329,24 @@ class _Run:
             seed=recipe.seed,
             device=trainer.device.type,
         )
-        content = json.dumps(asdict(result), indent=2) + "\n"
+        self._write_log()
+        content = json.dumps(asdict(result), indent=2, allow_nan=False) + "\n"
         write_atomically(self.out / RESULT, content.encode())
+        title = f"{network.model} ({network.variant}) on {trainer.data.name}"
+        save_figure(self.out / CURVES, curves(history, title))
+        save_figure(
+            self.out / CONFUSION,
+            confusion_matrix(
+                evaluation.confusion,
+                trainer.data.classes,
+                f"{title}\n{evaluation.accuracy:.1%} of {len(trainer.data.test)} test pictures",
+            ),
+        )
         return result
 
 
 def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _absolute(source: str) -> str:
-    """A source that means the same from any folder."""
-    return source if source == "digits" else str(Path(source).resolve())
 
 
 @contextmanager

@@ -7,7 +7,6 @@ that never stopped, where the device computes deterministically.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
@@ -28,7 +27,7 @@ from fusedres.training.preprocess import Preprocess, augmented, unit
 from fusedres.training.recipe import Recipe, amp_dtype
 
 WORKERS = 4  # processes that read pictures not held in memory, at most
-TEST_BATCH = 120
+TEST_BATCH = 120  # pictures at a time, at most; without gradients they take less memory
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Trainer:
         data: pictures and labels.
         recipe: how to train.
         device: where.
-        workers: processes that read pictures; None: up to WORKERS where pictures are in files.
+        workers: processes that read pictures from files; None: up to WORKERS.
+        preprocess: how to prepare pictures; None: by the training pictures.
 
     Attributes:
         history: the epochs so far.
@@ -102,12 +102,14 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         workers: int | None = None,
+        preprocess: Preprocess | None = None,
     ) -> None:
+        self.workers = workers
         self.data, self.recipe, self.device = data, recipe, torch.device(device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.compile:
             self.model.compile()
-        self.preprocess = Preprocess.fit(data.train)
+        self.preprocess = preprocess or Preprocess.fit(data.train)
         self.dtype = amp_dtype(recipe.amp, self.device)
         self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch_size
@@ -160,6 +162,7 @@ class Trainer:
         while self.epoch < self.recipe.epochs:
             self._train_epoch(on_step)
             evaluation = self.evaluate()
+            self.check_finite()
             self._end_epoch(evaluation)
             if on_epoch is not None:
                 on_epoch(evaluation)
@@ -174,7 +177,23 @@ class Trainer:
             len(self.data.classes),
             self.device,
             self.dtype,
+            batch_size=min(TEST_BATCH, 4 * self.batch_size),
+            workers=self.workers,
         )
+
+    def check_finite(self) -> None:
+        """See that there is something to go on with.
+
+        Raises:
+            TrainingError: the loss of this epoch or a weight is no longer finite.
+        """
+        numbers = [v for v in self.model.state_dict().values() if v.is_floating_point()]
+        if not all(torch.stack([v.isfinite().all() for v in [self.loss_sum, *numbers]]).tolist()):
+            half = self.dtype != torch.float32
+            raise TrainingError(
+                f"loss or weights are no longer finite in epoch {self.epoch + 1}; try a lower "
+                f"learning rate than {self.recipe.peak_lr:g}" + (", or amp off" if half else "")
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on: tensors, numbers, strings, lists and dicts."""
@@ -214,14 +233,8 @@ class Trainer:
             self.seconds = time.perf_counter() - before
             if on_step is not None:
                 on_step()
-        loss = self.loss_sum.item()  # waits for the device
+        self.check_finite()  # waits for the device
         self.seconds = time.perf_counter() - before
-        if not math.isfinite(loss):
-            half = self.dtype != torch.float32
-            raise TrainingError(
-                f"the loss became {loss} in epoch {self.epoch + 1}; try a lower learning rate than "
-                f"{self.recipe.peak_lr:g}" + (", or amp off" if half else "")
-            )
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         draws = seeded(self.recipe.seed, self.epoch, self.batch)
@@ -267,6 +280,9 @@ def evaluate(
     classes: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    batch_size: int = TEST_BATCH,
+    workers: int | None = None,
 ) -> Evaluation:
     """How a model does on labelled pictures.
 
@@ -275,12 +291,14 @@ def evaluate(
         pictures: labels below `classes`.
         preprocess: as the model was trained with.
         dtype: to compute in, float32 or a half type under autocast.
+        batch_size: pictures at a time.
+        workers: as for Trainer.
     """
     model.eval()
     loss = torch.zeros((), device=device, dtype=torch.float64)
     cells = torch.zeros(classes * classes, device=device, dtype=torch.int64)
-    indices = torch.arange(len(pictures)).split(TEST_BATCH)
-    loader = _loader(pictures, [index.tolist() for index in indices], device, None)
+    indices = torch.arange(len(pictures)).split(batch_size)
+    loader = _loader(pictures, [index.tolist() for index in indices], device, workers)
     for images, labels in _read(loader, device):
         with autocast(device, dtype):
             logits = model(preprocess(unit(images)))
@@ -322,15 +340,16 @@ def _loader(
     device: torch.device,
     workers: int | None,
 ) -> DataLoader[Any]:
-    if workers is None:
-        here = isinstance(pictures, ArrayPictures)
-        workers = 0 if here else min(WORKERS, os.cpu_count() or 1)
+    if isinstance(pictures, ArrayPictures):
+        workers = 0  # nothing to wait for
+    elif workers is None:
+        workers = min(WORKERS, os.cpu_count() or 1)
     return DataLoader(
         pictures,
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_main,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws from torch's own
@@ -341,9 +360,11 @@ def _as_it_is(batch: object) -> object:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which still wants this step's pictures."""
+def _leave_signals_to_main(worker: int) -> None:
+    """A signal to the whole group is for the main process, which may still write a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # not ignored, as it is how workers are ended; but an exit code of 0 is no alarm to torch
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def _read(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ Pictures are uint8 [N, H, W, C] until they reach the device.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def load(source: str | Path, size: int | tuple[int, int] | None = None) -> Data:
               that are such folders.
             Where there is no test part, a fifth of every class is held out, the same at every call.
         size: (H, W) or the side of a square, in pixels, that pictures are scaled to, from 32 up. By
-            default arrays keep theirs (brought up to 32), pictures in files too if they share one;
-            others become 224.
+            default arrays keep theirs (brought up to 32), pictures in files too if they share one
+            up to 512; others become 224.
 
     Returns:
         The data; labels run from 0 to len(classes) - 1.
@@ -56,7 +57,11 @@ def load(source: str | Path, size: int | tuple[int, int] | None = None) -> Data:
         raise DataError(f"size must be at least {SMALLEST} pixels, got {list(size)}")
     if str(source) == "digits":
         return _digits(size or (SMALLEST, SMALLEST))
-    path = Path(source)
+    data = _from_path(Path(source), size)
+    return replace(data, source=str(Path(source).resolve()))
+
+
+def _from_path(path: Path, size: tuple[int, int] | None) -> Data:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; accepted is also the word digits")
     if path.is_dir():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,10 +14,9 @@ from fusedres.training.data.pictures import (
     ArrayPictures,
     Data,
     hold_out,
-    one_line,
     resized,
 )
-from fusedres.training.files import DataError, require
+from fusedres.training.files import DataError, one_line, require
 
 # training pictures, training labels, test pictures, test labels
 NAMES = (
@@ -27,6 +24,7 @@ NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),  # Keras
     ("train_images", "train_labels", "test_images", "test_labels"),  # MedMNIST
 )
+OVERSHOOT = 0.01  # of the range
 CLASS_NAMES = ("list_classes", "classes", "class_names")
 KNOWN = {name for names in NAMES for name in names} | set(CLASS_NAMES)
 
@@ -43,6 +41,9 @@ def read_hdf5(paths: Sequence[Path]) -> dict[str, np.ndarray]:
                 others = [name for name in file if name not in KNOWN]
         except Exception as error:  # h5py raises several kinds, also for a file cut short
             raise DataError(f"{path}: not a readable HDF5 file: {one_line(error)}") from None
+        for name, value in found.items():
+            if not isinstance(value, np.ndarray):
+                raise DataError(f"{path}: {name} is no array of numbers")
         if not found:
             raise DataError(
                 f"{path}: needs {', '.join(NAMES[0])}; it has {', '.join(others) or 'nothing'}"
@@ -64,7 +65,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files if name in KNOWN}
             others = [name for name in file.files if name not in KNOWN]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of many kinds, from the zip and from the arrays in it
         raise DataError(f"{path}: not a readable .npz file: {one_line(error)}") from None
     if not found:
         raise DataError(
@@ -83,13 +84,17 @@ def from_arrays(arrays: Mapping[str, np.ndarray], path: Path, size: tuple[int, i
     parts = list(zip(names[::2], names[1::2], strict=True))[: 2 if tested else 1]
     listed = next((arrays[name] for name in CLASS_NAMES if name in arrays), None)
     if listed is None:
-        listed = np.arange(1 + max(_top(arrays[y]) for _, y in parts))
+        top = max(_top(arrays[y]) for _, y in parts)
+        if top >= sum(arrays[y].size for _, y in parts):
+            raise DataError(f"{path}: a label is {top}, more than there are pictures")
+        listed = np.arange(1 + top)
     classes = _strings(listed)
+    scale = 255.0 if _from_0_to_1(arrays[parts[0][0]]) else 1.0
     pictures = []
     for x, y in parts:
-        _check_pictures(arrays[x], f"{path}: {x}")
+        _check_pictures(arrays[x], scale, f"{path}: {x}")
         _check_labels(arrays[y], f"{path}: {y}", len(arrays[x]), len(classes))
-        pictures.append(_pictures(arrays[x], arrays[y], size))
+        pictures.append(_pictures(arrays[x], scale, arrays[y], size))
     if not tested:
         whole = pictures[0]
         pictures = [
@@ -109,7 +114,12 @@ def _strings(names: np.ndarray) -> tuple[str, ...]:
     return tuple(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in flat)
 
 
-def _check_pictures(x: np.ndarray, name: str) -> None:
+def _from_0_to_1(x: np.ndarray) -> bool:
+    """Whether numbers are meant so; resampling may overshoot a little."""
+    return x.dtype.kind == "f" and x.size > 0 and bool(x.max() <= 1 + OVERSHOOT)
+
+
+def _check_pictures(x: np.ndarray, scale: float, name: str) -> None:
     grey = x.ndim == 3
     if (not grey and (x.ndim != 4 or x.shape[3] not in MODES)) or 0 in x.shape:
         raise DataError(
@@ -117,11 +127,15 @@ def _check_pictures(x: np.ndarray, name: str) -> None:
             f"{list(x.shape)}"
         )
     number = x.dtype.kind in "uif"
-    if not number or not (x.min() >= 0 and x.max() <= 255):  # NaN is not either
+    slack = OVERSHOOT * 255 / scale if x.dtype.kind == "f" else 0
+    if not number or not (x.min() >= -slack and x.max() <= 255 / scale + slack):  # nor is NaN
         values = f"{x.dtype} from {x.min():g} to {x.max():g}" if number else str(x.dtype)
         raise DataError(
-            f"{name} must be uint8, or other numbers from 0 to 255 or 0 to 1, got {values}"
+            f"{name} must be uint8, or other numbers from 0 to 255 or, in both parts, from 0 to 1, "
+            f"got {values}"
         )
+    if x.dtype.kind == "f" and scale == 1 and x.max() <= 2:
+        raise DataError(f"{name}: is its range 0 to 1 or 0 to 255? its numbers end at {x.max():g}")
 
 
 def _check_labels(y: np.ndarray, name: str, count: int, classes: int) -> None:
@@ -136,13 +150,13 @@ def _check_labels(y: np.ndarray, name: str, count: int, classes: int) -> None:
         )
 
 
-def _pictures(x: np.ndarray, y: np.ndarray, size: tuple[int, int] | None) -> ArrayPictures:
+def _pictures(
+    x: np.ndarray, scale: float, y: np.ndarray, size: tuple[int, int] | None
+) -> ArrayPictures:
     if x.ndim == 3:
         x = x[..., None]
-    if x.dtype.kind == "f" and x.max() <= 1:
-        x = x * 255
     if x.dtype != np.uint8:
-        x = np.rint(x).astype(np.uint8)
+        x = np.rint(x * scale).clip(0, 255).astype(np.uint8)
     height, width = x.shape[1:3]
     grow = max(1.0, SMALLEST / min(height, width))
     size = size or (round(height * grow), round(width * grow))

@@ -14,21 +14,23 @@ from fusedres.training.data.pictures import (
     FilePictures,
     Pictures,
     hold_out,
-    one_line,
 )
-from fusedres.training.files import DataError, require
+from fusedres.training.files import DataError, one_line, require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-TRAIN, TEST = ("train",), ("test", "val", "valid", "validation")
-SIZE = 224  # pixels, where the pictures differ in size
+TRAIN = ("train", "training")  # in any case
+TEST = ("test", "testing", "val", "valid", "validation")
+SIZE = 224  # pixels, where the pictures differ in size or are larger than LARGEST
+LARGEST = 512
+ORIENTATION = 0x0112  # in EXIF
 LOOKED_AT = 64  # so many pictures are asked for their size
 IN_MEMORY = 2**30  # bytes; what decodes to more is read as it is needed
 
 
 def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
     """Data out of a folder of classes, or one with `train` and `test` that are."""
-    train_root = _one_of(path, TRAIN)
-    test_root = _one_of(path, TEST)
+    train_root = _part(path, TRAIN)
+    test_root = _part(path, TEST)
     if train_root is not None and test_root is not None:
         classes = _classes(train_root)
         for name in _classes(test_root):
@@ -50,15 +52,28 @@ def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
     return Data(_held(train), _held(test), classes, str(path))
 
 
-def _one_of(path: Path, names: Sequence[str]) -> Path | None:
-    return next((path / name for name in names if (path / name).is_dir()), None)
+def _part(path: Path, names: Sequence[str]) -> Path | None:
+    """The folder of classes that is called so; a folder of pictures is a class, however called."""
+    found = {p.name.lower(): p for p in path.iterdir() if p.is_dir() and _folders(p)}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _classes(root: Path) -> tuple[str, ...]:
-    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = _folders(root)
     if not found:
         raise DataError(f"{root}: no folders in it; a folder of pictures for every class is needed")
-    return tuple(found)
+    within = [{p.name for p in _folders(folder)} for folder in found]
+    if len(found) > 1 and len(within[0]) > 1 and all(names == within[0] for names in within):
+        names = ", ".join(folder.name for folder in found)
+        raise DataError(
+            f"{root}: {names} hold the same folders: not classes, it seems, but parts; call them "
+            "train and test"
+        )
+    return tuple(folder.name for folder in found)
 
 
 def _files(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
@@ -75,7 +90,7 @@ def _files(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]
 
 
 def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """(H, W): that of pictures of one size, or SIZE."""
+    """(H, W): that of pictures of one size up to LARGEST, or SIZE."""
     require("PIL", "pillow", "reading pictures")
     from PIL import Image
 
@@ -83,10 +98,13 @@ def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
         try:
             with Image.open(path) as image:
-                sizes.add(image.size)
+                on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+                sizes.add(image.size[::-1] if on_its_side else image.size)
         except Exception as error:  # as in read_picture
             raise DataError(f"{path}: not a picture that can be read: {one_line(error)}") from None
     width, height = sizes.pop() if len(sizes) == 1 else (SIZE, SIZE)
+    if max(width, height) > LARGEST:
+        return SIZE, SIZE
     return (height, width) if min(height, width) >= SMALLEST else (SMALLEST, SMALLEST)
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusedres.training.files import DataError, require
+from fusedres.training.files import DataError, one_line, require
 
 SMALLEST = 32  # pixels: what a ResNet's five halvings leave one of
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for so many channels
+FINGERPRINTED = 16  # pictures of each part, evenly spread, that stand for all
 HELD_OUT = 0.2  # of every class, where a source has no test part
 
 
@@ -95,7 +96,7 @@ class Data:
     Args:
         train, test: the two parts; no picture is in both.
         classes: names, by label.
-        source: where it came from, as `load` takes it.
+        source: where it came from: "digits", or the whole path.
 
     Raises:
         DataError: a part is empty, the training part is of one class only, or the parts differ in
@@ -131,8 +132,12 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a run can go on with this data: its sizes, classes and labels."""
-        parts = [(len(p), zlib.crc32(p.labels.numpy().tobytes())) for p in (self.train, self.test)]
+        """Tells whether a run can go on with this data: sizes, classes, labels, some pictures."""
+        parts = []
+        for part in (self.train, self.test):
+            some = part.read(range(0, len(part), -(-len(part) // FINGERPRINTED)))
+            crcs = [zlib.crc32(t.numpy().tobytes()) for t in (part.labels, some)]
+            parts.append((len(part), *crcs))
         return repr((parts, self.classes, self.train.size, self.train.channels))
 
 
@@ -197,8 +202,3 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
         planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
         images = planes.permute(0, 2, 3, 1).round().clamp(0, 255)
     return images.to(torch.uint8).contiguous()
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
