@@ -12,14 +12,14 @@ import argparse
 import csv
 import json
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fusedres
-from fusedres.training import train
+from fusedres.training import Epoch, Recipe, train
+from fusedres.training.figures import curves, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "signs.json"
@@ -28,6 +28,7 @@ CURVES = ROOT / "docs" / "signs_curves.png"
 BEGIN, END = "<!-- benchmarks/results/cpu/signs.json -->", "<!-- end -->"
 BACKENDS = {"fused": "auto", "unfused": "reference"}
 SEEDS = (0, 1, 2)
+LOGGED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")  # by epoch
 RECIPE = ("optimizer", "lr", "batch_size", "epochs", "warmup", "label_smoothing", "augment", "amp")
 
 
@@ -39,20 +40,15 @@ def measure(data: Path, runs: Path) -> dict[str, Any]:
             out = runs / f"{path}-{seed}"
             if not (out / "result.json").exists():
                 with fusedres.use_backend(backend):
-                    train(data, out, fusedres.training.Recipe(seed=seed), variant="coursera")
+                    train(data, out, Recipe(seed=seed), variant="coursera")
             result = json.loads((out / "result.json").read_text())
             with (out / "log.csv").open() as file:
                 log = list(csv.DictReader(file))
+            by_epoch = {name: [float(epoch[name]) for epoch in log] for name in LOGGED}
+            accuracy = result["test_accuracy"]
             rows.append(
-                {
-                    "path": path,
-                    "seed": seed,
-                    "test_accuracy": result["test_accuracy"],
-                    "test_accuracy_by_epoch": [float(epoch["test_accuracy"]) for epoch in log],
-                    "train_loss_by_epoch": [float(epoch["train_loss"]) for epoch in log],
-                }
+                {"path": path, "seed": seed, "test_accuracy": accuracy, "by_epoch": by_epoch}
             )
-    shutil.copyfile(runs / "fused-0" / "curves.png", CURVES)
     return {
         "data": "SIGNS",
         "train_images": result["train_images"],
@@ -90,8 +86,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw_curves(results: dict[str, Any]) -> Any:
+    """Loss and accuracy of the first run."""
+    run = results["runs"][0]
+    rows = zip(*(run["by_epoch"][name] for name in LOGGED), strict=True)
+    history = [Epoch(epoch, 0, 0.0, *row, 0.0, 0.0) for epoch, row in enumerate(rows, 1)]
+    return curves(history, f"{results['data']}, {run['path']}, seed {run['seed']}")
+
+
 def write_docs(results: dict[str, Any]) -> None:
-    """Put the table in its place in the docs."""
+    """Put table and curves in their place in the docs."""
+    save_figure(CURVES, draw_curves(results))
     before, _, rest = DOCS.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     DOCS.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")

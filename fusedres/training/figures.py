@@ -65,6 +65,8 @@ def curves(history: Sequence[Epoch], title: str) -> Any:
         if name == "accuracy":
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
+        else:
+            axes.set_yscale("log")  # early losses may be a hundred times the last ones
     return figure
 
 
@@ -75,19 +77,28 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str) -> A
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
     image = axes.imshow(confusion.numpy(), cmap="Blues", vmin=0)
-    axes.set(title=text_of(title), xlabel="predicted class", ylabel="true class")
+    what = "class" if count <= NAMED else "class (by number)"
+    axes.set(title=text_of(title), xlabel=f"predicted {what}", ylabel=f"true {what}")
     if count <= NAMED:
-        names = [text_of(n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}…") for n in classes]
+        names = [text_of(_shortened(name)) for name in classes]
         turned = 90 if max(map(len, names)) > 3 else 0
         axes.set_xticks(range(count), names, rotation=turned)
         axes.set_yticks(range(count), names)
     if count <= NUMBERED:
-        dark = confusion.max().item() / 2
+        largest = confusion.max().item()
+        size = 10 if largest < 10_000 else 7.5  # five digits have to fit
         for row in range(count):
             for column in range(count):
                 cell = int(confusion[row, column])
-                color = "white" if cell > dark else "black"
-                axes.text(column, row, str(cell), ha="center", va="center", color=color)
+                color = "white" if cell > largest / 2 else "black"
+                axes.text(
+                    column, row, str(cell), ha="center", va="center", color=color, fontsize=size
+                )
     else:
         figure.colorbar(image, ax=axes, label="pictures", shrink=0.8)
     return figure
+
+
+def _shortened(name: str) -> str:
+    """A long name without its middle, as names that begin alike may end differently."""
+    return name if len(name) <= LONGEST else f"{name[:14]}…{name[15 - LONGEST :]}"
