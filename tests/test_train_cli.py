@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+from fusedres import use_backend
 from fusedres.cli import main
 from fusedres.cli.evaluate import by_class
 from fusedres.training import Evaluation, Recipe, resume, train
@@ -265,6 +266,26 @@ def test_memory_and_compiler_errors_are_one_line(
     error = RuntimeError("a fault of ours")
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["train", "--data", str(data), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("backend", "options"), [("cuda", []), ("cpp", ["--amp", "fp16"])])
+def test_a_backend_that_cannot_serve(
+    data: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    backend: str,
+    options: list[str],
+) -> None:
+    with use_backend(backend):
+        command = ["train", "--data", str(data), "--device", "cpu", "--out", str(tmp_path)]
+        assert main([*command, *options]) == 1
+        err = capsys.readouterr().err
+        assert f"'{backend}'" in err and err.count("\n") == 1
+        if backend == "cuda":
+            assert main(["evaluate", "--checkpoint", str(finished), "--device", "cpu"]) == 1
+            assert capsys.readouterr().err == err
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_finds_what_training_found(

@@ -14,7 +14,7 @@ from fusedres.training.data import Data, read_picture
 from fusedres.training.files import DataError
 from fusedres.training.preprocess import unit
 from fusedres.training.recipe import amp_dtype
-from fusedres.training.trainer import Evaluation, evaluate
+from fusedres.training.trainer import Evaluation, check_backend, evaluate
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Classifier:
 
     Raises:
         CheckpointError: it cannot be read or trusted.
+        TrainingError: the backend asked for by name cannot serve the device.
     """
 
     def __init__(self, checkpoint: str | Path, device: torch.device | str = "cpu") -> None:
         self.checkpoint = Checkpoint.load(Path(checkpoint))
         self.device = torch.device(device)
+        check_backend(self.device, torch.float32)
         self.model = self.checkpoint.model().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.preprocess, self.classes = self.checkpoint.preprocess, self.checkpoint.classes

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from fusedres import backends
 from fusedres._tensors import autocast
 from fusedres.training.data import ArrayPictures, Data, Pictures
-from fusedres.training.files import DataError, TrainingError
+from fusedres.training.files import DataError, TrainingError, one_line
 from fusedres.training.preprocess import Preprocess, augmented, unit
 from fusedres.training.recipe import Recipe, amp_dtype
 
@@ -91,7 +92,7 @@ class Trainer:
         loss: of the last step, a 0-d tensor on the device.
 
     Raises:
-        TrainingError: the recipe makes no sense for the data.
+        TrainingError: the backend asked for by name cannot serve the device and the recipe's amp.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Trainer:
             self.model.compile()
         self.preprocess = preprocess or Preprocess.fit(data.train)
         self.dtype = amp_dtype(recipe.amp, self.device)
+        check_backend(self.device, self.dtype)
         self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
@@ -305,6 +307,18 @@ def evaluate(
         loss += F.cross_entropy(logits.to(torch.float64), labels, reduction="sum")
         cells += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
     return Evaluation(loss.item() / len(pictures), cells.view(classes, classes).cpu())
+
+
+def check_backend(device: torch.device, dtype: torch.dtype) -> None:
+    """See that convolutions can run before anything does.
+
+    Raises:
+        TrainingError: the backend asked for by name cannot serve; says why.
+    """
+    try:
+        backends.choose("conv_bn", device.type, dtype)
+    except RuntimeError as error:
+        raise TrainingError(one_line(error)) from None
 
 
 def seeded(*parts: int) -> torch.Generator:
