@@ -205,8 +205,8 @@ def test_the_fingerprint_tells_other_pictures_and_other_labels(tmp_path: Path) -
     content = arrays(KERAS)
     prints = set()
     for name, change in (("x_train", 1), ("y_test", 1), ("x_test", 2), ("x_test", 0)):
-        other = content | {name: (content[name] + change) % (3 if name[0] == "y" else 256)}
-        np.savez(tmp_path / "a.npz", classes=np.array(CLASSES), **other)
+        values = (content[name].astype(int) + change) % (3 if name[0] == "y" else 256)
+        np.savez(tmp_path / "a.npz", classes=np.array(CLASSES), **content | {name: values})
         prints.add(load(tmp_path / "a.npz").fingerprint)
     assert len(prints) == 4
 
