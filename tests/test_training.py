@@ -227,6 +227,19 @@ def test_an_epoch_takes_each_picture_once_and_each_epoch_another_order() -> None
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_each_step_moves_pictures_in_another_way() -> None:
+    data = tiny.data()
+    same = ArrayPictures(data.train.read([0]).expand(26, -1, -1, -1), data.train.labels)
+    trainer = Trainer(tiny.model(), replace(data, train=same), RECIPE)
+    seen: list[Tensor] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if module.training else None
+    )
+    trainer.run()
+    pictures = torch.cat(seen).flatten(1)
+    assert len(pictures) == len(pictures.unique(dim=0)) == 72  # 9 steps of 8
+
+
 def test_seeds_of_different_parts_differ() -> None:
     draws = {
         torch.rand(1, generator=seeded(*parts)).item() for parts in ((0, 1), (1, 0), (1,), (0,))
@@ -363,13 +376,13 @@ def test_evaluate_counts_what_is_taken_for_what() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.one_hot(x[:, 0, 0, 0].round().long(), 3) * 5.0
 
-    guesses = torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    guesses = torch.tensor([0, 1, 2, 2, 1, 1, 0])
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     images = torch.zeros(7, 32, 32, 1, dtype=torch.uint8)
     images[:, 0, 0, 0] = guesses
     identity = Preprocess((32, 32), (0.0,), (1 / 255,))
     found = evaluate(Fixed(), ArrayPictures(images, labels), identity, 3, torch.device("cpu"))
-    assert found.confusion.tolist() == [[2, 0, 1], [0, 2, 0], [1, 0, 1]]
+    assert found.confusion.tolist() == [[2, 0, 1], [0, 2, 0], [0, 1, 1]]
     assert found.accuracy == 5 / 7
     right, wrong = math.log(math.exp(5) + 2) - 5, math.log(math.exp(5) + 2)
     assert found.loss == pytest.approx((5 * right + 2 * wrong) / 7, rel=1e-6)

@@ -164,7 +164,6 @@ class Trainer:
         while self.epoch < self.recipe.epochs:
             self._train_epoch(on_step)
             evaluation = self.evaluate()
-            self.check_finite()
             self._end_epoch(evaluation)
             if on_epoch is not None:
                 on_epoch(evaluation)
