@@ -445,6 +445,19 @@ def test_what_is_not_installed_is_named(tmp_path: Path, data: Path) -> None:
     )
 
 
+def test_figures_that_cannot_be_drawn_are_known_before_training(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not installed')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedres", "train", "--data", str(data), *OPTIONS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("fusedres: drawing figures needs matplotlib; install")
+    assert not list((tmp_path / "fusedres-train").iterdir())
+
+
 # The figures
 
 

@@ -205,6 +205,8 @@ class _Run:
         progress: bool,
         wall: float = 0.0,
     ) -> None:
+        self.tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
+        require("matplotlib", "matplotlib", "drawing figures")
         self.trainer, self.network, self.out = trainer, network, out
         self.start = time.perf_counter() - wall
         self.progress = progress
@@ -212,12 +214,10 @@ class _Run:
 
     def finish(self) -> Result:
         trainer = self.trainer
-        tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
-        require("matplotlib", "matplotlib", "the figures at the end")
         per_step = trainer.batch_size
         with (
             _interruptions() as asked,
-            tqdm(
+            self.tqdm(
                 total=trainer.steps * per_step,
                 initial=trainer.step * per_step,
                 unit="img",
@@ -236,8 +236,8 @@ class _Run:
 
             try:
                 evaluation = trainer.run(on_step, self._epoch_done)
-            except RuntimeError:
-                if not asked:
+            except RuntimeError as error:
+                if not (asked and "DataLoader worker" in str(error)):
                     raise
                 self._stop()  # the signal ended the workers as well, between two steps
         return self._conclude(evaluation)
