@@ -6,9 +6,13 @@ A leaf: it imports torch only, and any module of the package may import it.
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 from torch import Tensor
+
+# Under Triton's interpreter a CPU stands in for the GPU. Read once, as Triton does.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 CHANNEL_DIMS = (0, 2, 3)  # what a per-channel reduction of an NCHW-shaped tensor sums over
 
@@ -33,7 +37,8 @@ def stored_format(x: Tensor) -> torch.memory_format:
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The dense format in which ops handle x: its own; on a GPU always channels_last."""
-    return torch.channels_last if x.device.type == "cuda" else stored_format(x)
+    on_gpu = x.device.type == "cuda" or INTERPRETED
+    return torch.channels_last if on_gpu else stored_format(x)
 
 
 def per_channel(v: Tensor) -> Tensor:

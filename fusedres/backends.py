@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from fusedres import _plan_table
+from fusedres._conv import Conv
+from fusedres._plan_table import Shape
+from fusedres._tensors import INTERPRETED
 
 OPS = ("conv_bn", "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
 PLANS = ("auto", "fused", "split")
@@ -34,6 +41,7 @@ class Backend:
 
 
 _ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTERPRETED_DTYPES = (torch.float32, torch.float16, torch.float64)  # its bf16 is silently wrong
 BACKENDS = {
     b.name: b
     for b in (
@@ -46,17 +54,25 @@ BACKENDS = {
             OPS,
             ("split",),
         ),
-        Backend("triton", "fusedres.triton_kernels", ("cuda",), _ALL_DTYPES, (), ()),
+        Backend(
+            "triton",
+            "fusedres.triton_kernels",
+            ("cpu",) if INTERPRETED else ("cuda",),
+            _INTERPRETED_DTYPES if INTERPRETED else _ALL_DTYPES,
+            OPS,
+            ("fused", "split"),
+        ),
         Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, ("add_relu",), ()),
     )
 }
-_AUTO_ORDER = ("cuda", "triton", "cpp")  # fastest first; then "reference"
+# fastest first; then "reference". The interpreter is asked for by name only
+_AUTO_ORDER = ("cuda", "cpp") if INTERPRETED else ("cuda", "triton", "cpp")
 NAMES = (*BACKENDS, "auto")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of a look-up: a backend, conv_bn's plan, and why nothing faster runs ("" if
+    """The outcome of a look-up: a backend, the plan asked for, and why nothing faster runs ("" if
     nothing is).
     """
 
@@ -114,8 +130,10 @@ def use_backend(name: str) -> _Scope:
 def use_plan(name: str) -> _Scope:
     """Choose how conv_bn runs within a `with` block: "fused", "split" or "auto" (by the table).
 
-    "fused" is one kernel for the convolution with its prologue and epilogue; "split" materialises
-    the activation with one light kernel and calls the library's convolution.
+    "fused" is one kernel for the convolution with its prologue and epilogue, where the backend has
+    one: for 1x1 kernels of stride 1 and 2, without padding and groups. "split", which all other
+    convolutions take, materialises the activation with one light kernel and calls the library's
+    convolution.
 
     Raises:
         ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan.
@@ -161,8 +179,8 @@ def not_ready(name: str) -> str | None:
             )
         if name == "cuda":
             return extension.cuda_driver_status()
-    if name == "triton":
-        return "backend 'triton' has no kernels in this version of fusedres"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton`"
     return None
 
 
@@ -189,14 +207,45 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
             raise RuntimeError(
                 f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' falls back)"
             )
-    if op == "conv_bn":
-        if plan == "auto":
-            plan = "split"
-        elif plan not in BACKENDS[backend].plans:
-            raise RuntimeError(
-                f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')"
-            )
+    if op == "conv_bn" and plan != "auto" and plan not in BACKENDS[backend].plans:
+        raise RuntimeError(f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')")
     return Choice(backend, plan, reason)
+
+
+def plan_of(
+    choice: Choice,
+    dtype: torch.dtype,
+    weight: Tensor,
+    conv: Conv,
+    out_shape: tuple[int, ...] | None = None,
+) -> str:
+    """How conv_bn runs one convolution: "fused" or "split".
+
+    Args:
+        choice: what `choose` gave; its plan "auto" leaves the decision to the table and, where that
+            is silent, to a heuristic.
+        dtype: of the computation.
+        weight: [K, C / groups, R, S] on the device that computes.
+        conv: the geometry.
+        out_shape: [N, K, OH, OW]; None where it is not known yet: taken as large.
+    """
+    kernel = (weight.size(2), weight.size(3))
+    has_kernel = conv.is_pointwise(kernel) and max(conv.stride) <= 2
+    if "fused" not in BACKENDS[choice.backend].plans or choice.plan == "split" or not has_kernel:
+        return "split"
+    if choice.plan == "fused":
+        return "fused"
+    rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
+    shape = Shape(weight.size(1), weight.size(0), kernel, conv.stride, rows)
+    entry = _plan_table.lookup(_plan_table.device_name(weight.device), dtype, shape) or {}
+    return entry.get("plan") or _likely_plan(dtype)
+
+
+def _likely_plan(dtype: torch.dtype) -> str:
+    """By bytes moved the fused plan; but only where tensor cores serve Triton's products."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return "fused" if half or tf32 else "split"
 
 
 def choose(op: str, device: str, dtype: torch.dtype) -> Choice:

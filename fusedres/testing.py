@@ -202,6 +202,7 @@ def check_case(
     memory_format: torch.memory_format = CONTIGUOUS,
     device: str = "cpu",
     trim: float = 0.0,
+    plan: str = "auto",
 ) -> None:
     """The three-way rule for all outputs, states and gradients of a case.
 
@@ -216,14 +217,14 @@ def check_case(
     # what rounds to 8 or 11 bits has errors of chance: several draws tell more than one
     seeds = range(6 if dtype in HALF_TYPES else 1)
     truth, peer = runs(case.eager, torch.float64), runs(case.eager, dtype)
-    with backends.use_backend(backend):
+    with backends.use_backend(backend), backends.use_plan(plan):
         ours = runs(case.ours, dtype)
     for name in truth[0]:
         results, peers, true = ([r[name] for r in rs] for rs in (ours, peer, truth))
         assert_three_way(name, results, peers, true, dtype, trim)
 
 
-def gradcheck(case: Case, backend: str) -> None:
+def gradcheck(case: Case, backend: str, plan: str = "auto") -> None:
     """torch.autograd.gradcheck of what users see, in fp64.
 
     Raises:
@@ -236,5 +237,5 @@ def gradcheck(case: Case, backend: str) -> None:
         fed = {name: x.clone() for name, x in state.items() if not x.requires_grad}
         return tuple(case.ours({**fed, **dict(zip(leaves, values, strict=True))}).values())
 
-    with backends.use_backend(backend):
+    with backends.use_backend(backend), backends.use_plan(plan):
         assert torch.autograd.gradcheck(function, [state[name] for name in leaves])

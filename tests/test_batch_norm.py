@@ -110,11 +110,11 @@ def test_running_statistics_as_torch_moves_them(backend: str, momentum: float) -
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(backend: str, training: bool) -> None:
     y, running = torch.randn(2, 4, 5, 5), (torch.zeros(4), torch.ones(4))
-    forward = (y, torch.rand(4), *running, training, 1e-5, backend)
+    forward = (y, torch.rand(4), None, *running, training, 0.1, None, 1e-5, backend)
     torch.library.opcheck(torch.ops.fusedres.batch_norm_fwd, forward)
-    mean, _, rstd, scale = torch.ops.fusedres.batch_norm_fwd(*forward)
+    mean, _, rstd, scale, _ = torch.ops.fusedres.batch_norm_fwd(*forward)
     g, sums = torch.randn_like(y), torch.randn(2, 4)
-    backward = (g, y, mean, scale, rstd, sums, training, backend)
+    backward = (g, y, mean, scale, rstd, sums, training, torch.float32, None, backend)
     torch.library.opcheck(torch.ops.fusedres.batch_norm_bwd, backward)
 
 

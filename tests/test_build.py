@@ -189,7 +189,9 @@ def light_passes(y, residual, vectors):
     a = bn_act_fwd(y, mean, scale, bias, residual, mean, rstd, bias, True)
     yield a
     g, sums, res_sums = bn_act_bwd(y, residual, a, y, mean, residual, rstd)
-    yield from (g, sums, res_sums, batch_norm_bwd(g, y, mean, scale, rstd, sums, True))
+    dtype = sums.dtype
+    yield from (g, sums, res_sums)
+    yield from batch_norm_bwd(g, y, mean, scale, rstd, sums, True, dtype, dtype)
     if min(y.shape[2:]) > 1:
         p = bn_relu_maxpool_fwd(y, mean, scale, bias, 3, 2, 1)
         yield p

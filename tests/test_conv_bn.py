@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import Deferred, use_backend, use_plan
+from fusedres import backends as registry
 from fusedres.ops import bn_act, conv_bn
 from fusedres.testing import (
     CHANNELS_LAST,
@@ -32,6 +33,8 @@ from fusedres.testing import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
 PROTOCOL = [b for b in BACKENDS if b != "reference"]  # those whose gradients run through sums
+WAYS = [(b, plan) for b in BACKENDS for plan in registry.BACKENDS[b].plans]
+PROTOCOL_WAYS = [(b, plan) for b, plan in WAYS if b != "reference"]
 
 
 @dataclass(frozen=True)
@@ -139,30 +142,34 @@ CHAINS = [
 
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
 @pytest.mark.parametrize("chain", CHAINS, ids=str)
 def test_three_way(
-    chain: Chain, backend: str, dtype: torch.dtype, memory_format: torch.memory_format
+    chain: Chain, backend: str, plan: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     if dtype in HALF_TYPES:  # masks flip by chance there: test_half_types_masks looks at them
         chain = replace(chain, relu=False, out_relu=False)
     if serves(backend, "conv_bn", dtype):
-        check_case(chain, backend, dtype, memory_format)
+        check_case(chain, backend, dtype, memory_format, plan=plan)
     else:
-        with use_backend(backend), pytest.raises(RuntimeError, match=f"'{backend}' serves"):
+        with (
+            use_backend(backend),
+            use_plan(plan),
+            pytest.raises(RuntimeError, match=f"'{backend}' serves"),
+        ):
             chain.ours(chain.inputs(Maker(dtype)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("source", SOURCES)
-def test_half_types_masks(source: str, dtype: torch.dtype, backend: str) -> None:
+def test_half_types_masks(source: str, dtype: torch.dtype, backend: str, plan: str) -> None:
     if serves(backend, "conv_bn", dtype):
         chain = Chain(source, (16, 8, 17, 17), 8, emit=True)  # large: flips average out
-        check_case(chain, backend, dtype, CHANNELS_LAST, trim=0.01)
+        check_case(chain, backend, dtype, CHANNELS_LAST, trim=0.01, plan=plan)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
 @pytest.mark.parametrize(
     "chain",
     [
@@ -174,17 +181,17 @@ def test_half_types_masks(source: str, dtype: torch.dtype, backend: str) -> None
     ],
     ids=str,
 )
-def test_gradcheck(chain: Chain, backend: str) -> None:
-    gradcheck(chain, backend)
+def test_gradcheck(chain: Chain, backend: str, plan: str) -> None:
+    gradcheck(chain, backend, plan)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
 @pytest.mark.parametrize("emit", [False, True])
-def test_empty_batch(backend: str, emit: bool) -> None:
+def test_empty_batch(backend: str, plan: str, emit: bool) -> None:
     chain = Chain("deferred_residual", (0, 8, 5, 5), emit=emit)
     t = chain.inputs(Maker(torch.float32))
     before = t["n.running_mean"].clone()
-    with use_backend(backend):
+    with use_backend(backend), use_plan(plan):
         outputs = chain.ours(t)
         sum(out.sum() for out in outputs.values()).backward()  # type: ignore[union-attr]
     assert outputs["value"].shape == (0, 6, 5, 5)
@@ -194,9 +201,9 @@ def test_empty_batch(backend: str, emit: bool) -> None:
             assert x.grad is not None and x.grad.shape == x.shape and not x.grad.any(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
-def test_non_contiguous_inputs_and_gradients(backend: str, how: str) -> None:
+def test_non_contiguous_inputs_and_gradients(backend: str, plan: str, how: str) -> None:
     def view(x: Tensor) -> Tensor:
         if how == "transposed":
             return x.transpose(2, 3).contiguous().transpose(2, 3)
@@ -215,11 +222,11 @@ def test_non_contiguous_inputs_and_gradients(backend: str, how: str) -> None:
             viewed = {k: view(x) if x.dim() == 4 and k in "xr" else x for k, x in t.items()}
             return {k: view(x) for k, x in super().eager(viewed).items()}
 
-    check_case(Viewed("deferred_residual", emit=True), backend, torch.float64)
+    check_case(Viewed("deferred_residual", emit=True), backend, torch.float64, plan=plan)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_readers_of_one_deferred(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
+def test_two_readers_of_one_deferred(backend: str, plan: str) -> None:
     @dataclass(frozen=True)
     class Forked(Chain):
         def ours(self, t: Inputs) -> Outputs:
@@ -232,34 +239,34 @@ def test_two_readers_of_one_deferred(backend: str) -> None:
             value = eager_batch_norm(F.conv2d(a, t["w"]), t, "n", True).relu()
             return {"value": value, "source": a}
 
-    check_case(Forked(), backend, torch.float64)
+    check_case(Forked(), backend, torch.float64, plan=plan)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plan"), WAYS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_reach_the_output(backend: str, value: float) -> None:
+def test_nan_and_inf_reach_the_output(backend: str, plan: str, value: float) -> None:
     t = Chain("tensor").inputs(Maker(torch.float32))
     with torch.no_grad():
         t["x"][0, 0, 0, 0] = value
-    with use_backend(backend):
+    with use_backend(backend), use_plan(plan):
         out = Chain("tensor").ours(t)["value"]
     assert out.isnan().all()
 
 
-@pytest.mark.parametrize("backend", PROTOCOL)
-def test_deterministic(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
+def test_deterministic(backend: str, plan: str) -> None:
     chain = Chain("deferred_residual", (8, 16, 14, 14), 16, kernel=3, padding=1)
-    with use_backend(backend):
+    with use_backend(backend), use_plan(plan):
         first, second = (chain.ours(chain.inputs(Maker(torch.float32)))["value"] for _ in range(2))
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", PROTOCOL)
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
 @pytest.mark.parametrize("emit", [False, True])
-def test_saves_what_the_design_lists(backend: str, emit: bool) -> None:
+def test_saves_what_the_design_lists(backend: str, plan: str, emit: bool) -> None:
     chain = Chain("tensor_residual", (4, 8, 8, 8), 8, emit=emit)
     t = chain.inputs(Maker(torch.float32))
-    with use_backend(backend):
+    with use_backend(backend), use_plan(plan):
         d = conv_bn(t["x"], t["w0"], *norm_arguments(t, "n0"), residual=t["r"])
         saved: list[Tensor] = []
 
@@ -275,12 +282,12 @@ def test_saves_what_the_design_lists(backend: str, emit: bool) -> None:
     assert storages == {x.data_ptr() for x in kept}  # a or the residual, never both
 
 
-@pytest.mark.parametrize("backend", PROTOCOL)
-def test_frozen_parts_get_no_gradient(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
+def test_frozen_parts_get_no_gradient(backend: str, plan: str) -> None:
     for frozen in ("x", "w", "n.weight", "n.bias"):
         t = Chain("tensor").inputs(Maker(torch.float32))
         t[frozen].requires_grad_(False)
-        with use_backend(backend):
+        with use_backend(backend), use_plan(plan):
             Chain("tensor").ours(t)["value"].sum().backward()
         for name, x in t.items():
             assert (x.grad is not None) == x.requires_grad, (frozen, name)
@@ -297,10 +304,10 @@ def test_weight_gradient_in_the_parameters_dtype_and_strides() -> None:
     assert w.grad.dtype == torch.float32 and w.grad.stride() == w.stride()
 
 
-@pytest.mark.parametrize("backend", PROTOCOL)
-def test_gradient_of_y_alone_is_refused(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
+def test_gradient_of_y_alone_is_refused(backend: str, plan: str) -> None:
     t = Chain("tensor").inputs(Maker(torch.float32))
-    with use_backend(backend):
+    with use_backend(backend), use_plan(plan):
         d = conv_bn(t["x"], t["w"], *norm_arguments(t, "n"))
     with pytest.raises(RuntimeError, match=r"Deferred\.y without its sums"):
         d.y.sum().backward()
@@ -335,30 +342,30 @@ def test_double_backward_is_refused() -> None:
         g.sum().backward()
 
 
-@pytest.mark.parametrize("backend", PROTOCOL)
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
 @pytest.mark.parametrize("emit", [False, True])
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=["nchw", "nhwc"])
-def test_opcheck(backend: str, emit: bool, memory_format: torch.memory_format) -> None:
+def test_opcheck(backend: str, plan: str, emit: bool, memory_format: torch.memory_format) -> None:
     make = Maker(torch.float32, memory_format)
     x, r = make.activation(2, 4, 5, 5, grad=False), make.activation(2, 4, 5, 5, grad=False)
     vectors = [torch.rand(4) for _ in range(6)]
     w = make.weight(6, 4, 1, 1).detach()
     source = (x, *vectors[:3], r, *vectors[3:], True)
-    conv = (w, (1, 1), (0, 0, 0, 0), (1, 1), 1)
-    bn = (torch.rand(6), None, None, True, 1e-5)
-    forward = (*source, *conv, emit, *bn, backend, "split")
+    conv = (w, None, (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    bn = (torch.rand(6), torch.rand(6), torch.rand(6), torch.rand(6), True, 0.1, None, 1e-5)
+    forward = (*source, *conv, emit, *bn, backend, plan)
     torch.library.opcheck(torch.ops.fusedres.conv_bn_fwd, forward)
-    y, mean, _, rstd, scale, a = torch.ops.fusedres.conv_bn_fwd(*forward)
+    y, mean, _, rstd, scale, _, a = torch.ops.fusedres.conv_bn_fwd(*forward)
     upstream = (torch.randn_like(y), torch.randn(2, 6), torch.randn_like(x) if emit else None)
     backward = (
         *source, *conv, a if emit else None, *upstream, y, mean, scale, rstd, True, True, True,
-        backend, "split",
+        torch.float32, torch.float16, backend, plan,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedres.conv_bn_bwd, backward)
 
 
-@pytest.mark.parametrize("backend", PROTOCOL)
-def test_saved_tensors_may_come_back_in_another_memory_format(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
+def test_saved_tensors_may_come_back_in_another_memory_format(backend: str, plan: str) -> None:
     chain = Chain("tensor_residual", (3, 8, 6, 5))
     eager = dict(run(chain.eager, chain.inputs(Maker(torch.float64))))
 
@@ -366,7 +373,11 @@ def test_saved_tensors_may_come_back_in_another_memory_format(backend: str) -> N
         return x if x.is_leaf else x.detach().contiguous()
 
     t = chain.inputs(Maker(torch.float64, CHANNELS_LAST))
-    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with (
+        use_backend(backend),
+        use_plan(plan),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
         for name, result in run(chain.ours, t):
             torch.testing.assert_close(result, eager[name], rtol=1e-9, atol=1e-9, msg=name)
 
@@ -410,7 +421,7 @@ def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
             lambda b=b: ops.bn_act_bwd(b, y, y, v, None, None, backend),
             lambda b=b: ops.bn_act_bwd(y, b, y, v, None, None, backend),
             lambda b=b: ops.bn_act_bwd(y, y, y, v, b, v, backend),
-            lambda b=b: ops.batch_norm_bwd(b, y, v, v, v, s, True, backend),
+            lambda b=b: ops.batch_norm_bwd(b, y, v, v, v, s, True, None, None, backend),
             lambda b=b: ops.bn_relu_maxpool_bwd(b, y, v, v, v, 1, 1, 0, backend),
             lambda b=b: ops.add_relu_fwd(y, b, backend),
             lambda b=b: ops.add_relu_bwd(b, y, backend),
@@ -421,8 +432,8 @@ def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
             lambda b=b: ops.bn_act_fwd(y, v, v, b, None, None, None, None, True, backend),
             lambda b=b: ops.bn_act_fwd(y, v, v, v, y, v, v, b, True, backend),
             lambda b=b: ops.bn_act_bwd(y, y, y, b, None, None, backend),
-            lambda b=b: ops.batch_norm_bwd(y, y, v, b, v, s, True, backend),
-            lambda b=b: ops.batch_norm_bwd(y, y, v, v, v, b, True, backend),
+            lambda b=b: ops.batch_norm_bwd(y, y, v, b, v, s, True, None, None, backend),
+            lambda b=b: ops.batch_norm_bwd(y, y, v, v, v, b, True, None, None, backend),
             lambda b=b: ops.bn_relu_maxpool_fwd(y, v, b, v, 3, 2, 1, backend),
         ]
     calls += [
@@ -435,7 +446,7 @@ def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
         lambda: ops.bn_relu_maxpool_fwd(y, v, v, v, 3, 0, 1, backend),
         lambda: ops.bn_relu_maxpool_fwd(y, v, v, v, 3, 2, 2, backend),
         lambda: ops.bn_relu_maxpool_bwd(y, y, v, v, v, 3, 2, 1, backend),
-        lambda: ops.batch_norm_fwd(y.half(), v, None, None, True, 1e-5, backend),
+        lambda: ops.batch_norm_fwd(y.half(), v, v, None, None, True, 0.1, None, 1e-5, backend),
     ]
     for call in calls:
         with pytest.raises(ValueError):

@@ -17,7 +17,7 @@ PACKAGE = Path(fusedres.__file__).resolve().parent
 # a module may import what stands below it; a room imports torch, its own files, and the leaf
 # _tensors
 LEVELS = [
-    {"_tensors", "_version", "_C"},
+    {"_tensors", "_conv", "_norm", "_plan_table", "_version", "_C"},
     {"reference", "library", "native", "triton_kernels"},
     {"deferred", "backends"},
     {"ops"},

@@ -14,45 +14,13 @@ one for all.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Conv(NamedTuple):
-    """The geometry of a convolution."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]  # top, bottom, left, right
-    dilation: tuple[int, int]
-    groups: int
-
-    def even_padding(self) -> bool:
-        """Whether both sides are padded alike, so that the library can do it."""
-        top, bottom, left, right = self.padding
-        return top == bottom and left == right
-
-
-class Source(NamedTuple):
-    """A convolution's input: a Tensor (mean is None), or the fields of a Deferred."""
-
-    x: Tensor  # [N, C, H, W]
-    mean: Tensor | None  # [C]
-    scale: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None  # [N, C, H, W]
-    res_mean: Tensor | None  # [C]: given if the residual is a Deferred
-    res_scale: Tensor | None
-    res_bias: Tensor | None
-    relu: bool
-
-    def materialise(self, light: Any) -> Tensor:
-        """The activation in memory."""
-        if self.mean is None:
-            return self.x
-        return light.bn_act_fwd(*self)
+from fusedres._conv import Conv, Source, output_shape
 
 
 def convolution(
@@ -105,25 +73,23 @@ def _pad(a: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(a, (left, right, top, bottom)), (0, 0)
 
 
-def output_shape(x: torch.Size, weight: torch.Size, conv: Conv) -> tuple[int, int, int, int]:
-    """[N, K, OH, OW] of the convolution of x [N, C, H, W] with weight [K, C / groups, R, S]."""
-    top, bottom, left, right = conv.padding
-    taps_h = conv.dilation[0] * (weight[2] - 1) + 1
-    taps_w = conv.dilation[1] * (weight[3] - 1) + 1
-    return (
-        x[0],
-        weight[0],
-        (x[2] + top + bottom - taps_h) // conv.stride[0] + 1,
-        (x[3] + left + right - taps_w) // conv.stride[1] + 1,
-    )
+def materialise(light: Any, source: Source) -> Tensor:
+    """The activation in memory."""
+    if source.mean is None:
+        return source.x
+    return light.bn_act_fwd(*source)
 
 
 def conv_bn_fwd(
-    light: Any, source: Source, weight: Tensor, conv: Conv, memory_format: torch.memory_format
+    light: Any,
+    source: Source,
+    weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
+    conv: Conv,
+    memory_format: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
     """The materialised activation and the raw convolution output y."""
-    a = source.materialise(light)
-    return a, convolution(a, weight.to(a.dtype), conv, memory_format)
+    a = materialise(light, source)
+    return a, convolution(a, weight, conv, memory_format)
 
 
 def conv_bn_bwd(
@@ -132,20 +98,19 @@ def conv_bn_bwd(
     grad_a: Tensor | None,  # [N, C, H, W], the gradient of the emitted activation
     source: Source,
     a: Tensor | None,  # the activation, if it was emitted
-    weight: Tensor,
+    weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
+    parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
     conv: Conv,
     need_input: bool,
     need_weight: bool,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw as the weight
-    is stored.
-    """
+    """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw."""
     if a is None:
-        a = source.materialise(light)
-    da, dw = convolution_backward(dy, a, weight.to(a.dtype), conv, need_input, need_weight)
+        a = materialise(light, source)
+    da, dw = convolution_backward(dy, a, weight, conv, need_input, need_weight)
     if dw is not None:
-        dw = torch.empty_like(weight).copy_(dw) if _differs(dw, weight) else dw
+        dw = torch.empty_like(parameter).copy_(dw) if _differs(dw, parameter) else dw
     if da is None:
         return None, None, None, dw
     da = da.contiguous(memory_format=memory_format)
@@ -159,5 +124,5 @@ def conv_bn_bwd(
     return g, sums, res_sums, dw
 
 
-def _differs(dw: Tensor, weight: Tensor) -> bool:
-    return dw.dtype != weight.dtype or dw.stride() != weight.stride()
+def _differs(dw: Tensor, parameter: Tensor) -> bool:
+    return dw.dtype != parameter.dtype or dw.stride() != parameter.stride()

@@ -22,7 +22,7 @@ from fusedres.nn.blocks import (
     takes_deferred,
 )
 from fusedres.nn.init import Initializer, resolve
-from fusedres.nn.layers import apply_conv_bn, plain_reason
+from fusedres.nn.layers import apply_conv_bn, packed, plain_reason
 from fusedres.ops import bn_relu_maxpool
 
 
@@ -111,12 +111,13 @@ class ResNet(FusedModule):
 
         Any memory format; channels_last is the fast one. H and W from 32 up for every variant.
         """
-        h: Tensor | Deferred = self._stem(x)
-        stages = [self.get_submodule(f"layer{i}") for i in range(1, 5)]
-        for i, stage in enumerate(stages):
-            hands_over = i + 1 < len(stages) and takes_deferred(stages[i + 1])
-            h = call(stage, h, defer=hands_over)
-        pooled: Tensor = self.avgpool(as_tensor(h))
+        with packed(self, x):
+            h: Tensor | Deferred = self._stem(x)
+            stages = [self.get_submodule(f"layer{i}") for i in range(1, 5)]
+            for i, stage in enumerate(stages):
+                hands_over = i + 1 < len(stages) and takes_deferred(stages[i + 1])
+                h = call(stage, h, defer=hands_over)
+            pooled: Tensor = self.avgpool(as_tensor(h))
         return self.fc(pooled.flatten(1))
 
     def _stem(self, x: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fusedres import backends
+from fusedres._conv import Conv
 from fusedres.nn.blocks import FusedModule, Stage
-from fusedres.nn.layers import is_untouched
+from fusedres.nn.layers import is_untouched, padding_of
 from fusedres.ops._contract import compute_dtype
 
 
@@ -36,6 +38,15 @@ class Report(list[Row]):
         ]
         fused = sum(r.runs == "fused" for r in self)
         return "\n".join([*lines, f"{fused} of {len(self)} layers fused"])
+
+
+def _plan(choice: backends.Choice, conv: nn.Module, weight: Tensor, dtype: torch.dtype) -> str:
+    """The plan of a convolution whose input is not known yet: taken as large."""
+    if not isinstance(conv, nn.Conv2d):
+        return choice.plan
+    stride, dilation = (tuple(p) for p in (conv.stride, conv.dilation))
+    geometry = Conv(stride, padding_of(conv), dilation, conv.groups)  # type: ignore[arg-type]
+    return backends.plan_of(choice, dtype, weight, geometry)
 
 
 def report(model: nn.Module) -> Report:
@@ -72,8 +83,10 @@ def report(model: nn.Module) -> Report:
             if reason is not None or weight is None:
                 rows.append(Row(name, "plain", "torch", "-", reason or ""))
                 continue
-            choice = backends.choose("conv_bn", weight.device.type, compute_dtype(weight))
+            dtype = compute_dtype(weight)
+            choice = backends.choose("conv_bn", weight.device.type, dtype)
+            plan = _plan(choice, conv, weight, dtype)
             runs = "plain" if choice.backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))
-            rows.append(Row(name, runs, choice.backend, choice.plan, why))
+            rows.append(Row(name, runs, choice.backend, plan, why))
     return rows

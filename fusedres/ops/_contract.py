@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedres import _norm
 from fusedres._tensors import elements_per_channel, memory_format_of, stat_dtype
 from fusedres.deferred import Deferred
 
@@ -235,19 +236,13 @@ def check_count(op: str, y_shape: tuple[int, ...], training: bool) -> None:
         )
 
 
-@torch.no_grad()
 def update_running(bn: BatchNorm, mean: Tensor, var: Tensor, y: Tensor) -> None:
-    """Move the running statistics towards this batch's mean and unbiased var, in place, on the
-    device.
-    """
-    count = elements_per_channel(y)
-    if not bn.training or bn.running_mean is None or bn.running_var is None or count == 0:
-        return
-    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
-        momentum = bn.momentum
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(running.dtype)
-        running.lerp_(new.to(running.dtype), momentum)
+    """Move the running statistics of a BatchNorm in training, where no kernel did."""
+    if bn.training and bn.running_mean is not None and bn.running_var is not None:
+        _norm.update_running(
+            bn.running_mean, bn.running_var, mean.detach(), var.detach(), bn.momentum,
+            elements_per_channel(y),
+        )  # fmt: skip
 
 
 def stored_alike(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ the convolution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedres import backends
+from fusedres._norm import parameter_gradients
 from fusedres._tensors import memory_format_of, stat_dtype
 from fusedres.deferred import Deferred
 from fusedres.ops import _contract as contract
@@ -20,37 +22,35 @@ from fusedres.reference.batch_norm import batch_norm as reference_batch_norm
 # --- the ops: schema, kernel look-up, fake --------------------------------------------------------
 
 library.define(
-    "batch_norm_fwd(Tensor y, Tensor? bn_weight, Tensor? running_mean, Tensor? running_var,"
-    " bool training, float eps, str backend)"
-    " -> (Tensor mean, Tensor var, Tensor rstd, Tensor scale)"
+    "batch_norm_fwd(Tensor y, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, bool training, float momentum, Tensor? momentum_tensor, float eps,"
+    " str backend) -> (Tensor mean, Tensor var, Tensor rstd, Tensor scale, Tensor bias)"
 )
 library.define(
     "batch_norm_bwd(Tensor g, Tensor y, Tensor mean, Tensor scale, Tensor rstd, Tensor sums,"
-    " bool training, str backend) -> Tensor"
+    " bool training, ScalarType? weight_dtype, ScalarType? bias_dtype, str backend)"
+    " -> (Tensor dy, Tensor dweight, Tensor dbias)"
 )
 
 
-def statistics(
+def _fwd(
     y: Tensor,
     bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    momentum: float,
+    momentum_tensor: Tensor | None,
     eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, biased var, rstd and scale of y: fresh [C] tensors, copies where the statistics are
-    frozen.
-    """
-    dtype = stat_dtype(y.dtype)
-    if training:
-        mean, var = backends.kernels(backend, "batch_norm").batch_norm_stats(y)
-    else:
-        assert running_mean is not None and running_var is not None  # the contract's check
-        mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
-    rstd = torch.rsqrt(var + eps)
-    scale = rstd.clone() if bn_weight is None else rstd * bn_weight.to(dtype)
-    return mean, var, rstd, scale
+) -> tuple[Tensor, ...]:
+    kernel = backends.kernels(backend, "batch_norm").batch_norm_fwd
+    running = (running_mean, running_var)
+    norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
+    statistics = kernel(y, *norm)
+    moved(training, *running)
+    return statistics
 
 
 def _bwd(
@@ -61,22 +61,72 @@ def _bwd(
     rstd: Tensor,
     sums: Tensor,
     training: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     kernel = backends.kernels(backend, "batch_norm").batch_norm_bwd
-    return kernel(g, y, mean, scale, rstd, sums, training)
+    outputs = kernel(g, y, mean, scale, rstd, sums, training, weight_dtype, bias_dtype)
+    return tuple(g.new_empty(0) if t is None else t for t in outputs)
 
 
-def statistics_fake(y: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four [C] vectors."""
-    vectors = [y.new_empty(y.size(1), dtype=stat_dtype(y.dtype)) for _ in range(4)]
-    return vectors[0], vectors[1], vectors[2], vectors[3]
+def _bwd_fake(
+    g: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    rstd: Tensor,
+    sums: Tensor,
+    training: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    types = (weight_dtype, bias_dtype)
+    vectors = (mean.new_empty(0 if t is None else mean.size(0), dtype=t) for t in types)
+    return torch.empty_like(y), *vectors
 
 
-library.impl("batch_norm_fwd", statistics, "CompositeExplicitAutograd")
+def statistics_fake(y: Tensor, *_: object) -> tuple[Tensor, ...]:
+    """Five [C] vectors."""
+    return tuple(y.new_empty(y.size(1), dtype=stat_dtype(y.dtype)) for _ in range(5))
+
+
+def momentum_arguments(momentum: float | Tensor) -> tuple[float, Tensor | None]:
+    """A momentum as schemas have it: a number, and a tensor that counts instead where given."""
+    return (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
+
+
+def normalization(
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    momentum_tensor: Tensor | None,
+    eps: float,
+) -> tuple[Any, ...]:
+    """BatchNorm's arguments of a schema as rooms take them: momentum is one argument."""
+    amount = momentum if momentum_tensor is None else momentum_tensor
+    return bn_weight, bn_bias, running_mean, running_var, training, amount, eps
+
+
+def moved(training: bool, *running: Tensor | None) -> None:
+    """Tells autograd that a kernel moved the running statistics in place."""
+    if training:
+        torch.autograd.graph.increment_version([t for t in running if t is not None])
+
+
+def present(gradients: Sequence[Tensor], *types: torch.dtype | None) -> list[Tensor | None]:
+    """An op's gradients, None where it has an empty tensor for want of a parameter."""
+    return [None if t is None else g for g, t in zip(gradients, types, strict=True)]
+
+
+library.impl("batch_norm_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_bwd", _bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedres::batch_norm_fwd", statistics_fake)
-torch.library.register_fake("fusedres::batch_norm_bwd", lambda g, y, *_: torch.empty_like(y))
+torch.library.register_fake("fusedres::batch_norm_bwd", _bwd_fake)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -106,18 +156,9 @@ def dtype_of(parameter: Tensor | None) -> torch.dtype | None:
     return None if parameter is None else parameter.dtype
 
 
-def parameter_gradients(
-    sums: Tensor, rstd: Tensor, weight: torch.dtype | None, bias: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """BatchNorm's dweight and dbias, from the sums alone: no pass over memory."""
-    dweight = None if weight is None else (sums[1] * rstd).to(weight)
-    dbias = None if bias is None else sums[0].to(bias, copy=True)
-    return dweight, dbias
-
-
 class BatchNormFunction(torch.autograd.Function):
-    """y, weight, bias, running_mean, running_var, training, eps, backend -> y, sums, mean, var,
-    scale.
+    """y, weight, bias, running_mean, running_var, training, momentum, eps, backend -> y, sums,
+    mean, scale, bias.
     """
 
     @staticmethod
@@ -129,18 +170,20 @@ class BatchNormFunction(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         training: bool,
+        momentum: float | Tensor,
         eps: float,
         backend: str,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        mean, var, rstd, scale = torch.ops.fusedres.batch_norm_fwd(
-            y, weight, running_mean, running_var, training, eps, backend
+        amount = momentum_arguments(momentum)
+        mean, _, rstd, scale, shift = torch.ops.fusedres.batch_norm_fwd(
+            y, weight, bias, running_mean, running_var, training, *amount, eps, backend
         )
-        ctx.mark_non_differentiable(mean, var, scale)
+        ctx.mark_non_differentiable(mean, scale, shift)
         ctx.save_for_backward(y, mean, rstd, scale)
         ctx.parameters = dtype_of(weight), dtype_of(bias)
         ctx.training, ctx.backend = training, backend
-        return y.view_as(y), mean.new_zeros(2, mean.size(0)), mean, var, scale
+        return y.view_as(y), mean.new_empty(2, mean.size(0)), mean, scale, shift
 
     @staticmethod
     @once_differentiable
@@ -151,10 +194,13 @@ class BatchNormFunction(torch.autograd.Function):
         g, sums = upstream("batch_norm", g, sums, y)
         dy = None
         if ctx.needs_input_grad[0]:
-            dy = torch.ops.fusedres.batch_norm_bwd(
-                g, y, mean, scale, rstd, sums, ctx.training, ctx.backend
+            dy, *gradients = torch.ops.fusedres.batch_norm_bwd(
+                g, y, mean, scale, rstd, sums, ctx.training, *ctx.parameters, ctx.backend
             )
-        return dy, *parameter_gradients(sums, rstd, *ctx.parameters), None, None, None, None, None
+            gradients = present(gradients, *ctx.parameters)
+        else:
+            gradients = list(parameter_gradients(sums, rstd, *ctx.parameters))
+        return dy, *gradients, None, None, None, None, None, None
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -210,17 +256,10 @@ def batch_norm(
         mean, var, scale, bias = reference_batch_norm(
             y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.eps
         )
+        contract.update_running(bn, mean, var, y)
     else:
-        y, sums, mean, var, scale = BatchNormFunction.apply(
-            y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.eps, backend
-        )
-        bias = affine_bias(bn, mean)
-    contract.update_running(bn, mean, var, y)
+        y, sums, mean, scale, bias = BatchNormFunction.apply(
+            y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.momentum,
+            bn.eps, backend,
+        )  # fmt: skip
     return Deferred(y, mean, scale, bias, residual, relu, sums)
-
-
-def affine_bias(bn: contract.BatchNorm, mean: Tensor) -> Tensor:
-    """BatchNorm's bias as a Deferred carries it: outside autograd, its gradient comes from the
-    sums.
-    """
-    return torch.zeros_like(mean) if bn.bias is None else bn.bias.detach().to(mean.dtype, copy=True)

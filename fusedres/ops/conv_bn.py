@@ -12,17 +12,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedres import backends
+from fusedres._conv import Conv, Source, output_shape
+from fusedres._norm import parameter_gradients
 from fusedres._tensors import memory_format_of
 from fusedres.deferred import Deferred
 from fusedres.library import conv_bn as split
-from fusedres.library.conv_bn import Conv, Source
 from fusedres.ops import _contract as contract
 from fusedres.ops._contract import library
+from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
-    affine_bias,
     dtype_of,
-    parameter_gradients,
-    statistics,
+    momentum_arguments,
+    moved,
+    normalization,
+    present,
     statistics_fake,
     upstream,
 )
@@ -35,18 +38,78 @@ _SOURCE = (
     "Tensor x, Tensor? mean, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? res_mean,"
     " Tensor? res_scale, Tensor? res_bias, bool relu"
 )
-_CONV = "Tensor weight, int[2] stride, int[4] padding, int[2] dilation, int groups"
+# `packed` is the weight in the compute dtype, where it was cast together with others already
+_CONV = "Tensor weight, Tensor? packed, int[2] stride, int[4] padding, int[2] dilation, int groups"
 library.define(
-    f"conv_bn_fwd({_SOURCE}, {_CONV}, bool emit, Tensor? bn_weight, Tensor? running_mean,"
-    " Tensor? running_var, bool training, float eps, str backend, str plan)"
-    " -> (Tensor y, Tensor y_mean, Tensor y_var, Tensor y_rstd, Tensor y_scale, Tensor a)"
+    f"conv_bn_fwd({_SOURCE}, {_CONV}, bool emit, Tensor? bn_weight, Tensor? bn_bias,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum,"
+    " Tensor? momentum_tensor, float eps, str backend, str plan) -> (Tensor y, Tensor y_mean,"
+    " Tensor y_var, Tensor y_rstd, Tensor y_scale, Tensor y_bias, Tensor a)"
 )
 library.define(
     f"conv_bn_bwd({_SOURCE}, {_CONV}, Tensor? a, Tensor g, Tensor sums, Tensor? grad_a, Tensor y,"
     " Tensor y_mean, Tensor y_scale, Tensor y_rstd, bool training, bool need_input,"
-    " bool need_weight, str backend, str plan)"
-    " -> (Tensor g_in, Tensor in_sums, Tensor res_sums, Tensor dweight)"
+    " bool need_weight, ScalarType? bn_weight_dtype, ScalarType? bn_bias_dtype, str backend,"
+    " str plan) -> (Tensor g_in, Tensor in_sums, Tensor res_sums, Tensor dw, Tensor dweight,"
+    " Tensor dbias)"
 )
+
+
+class _Operands(NamedTuple):
+    """What both directions start with."""
+
+    source: Source
+    weight: Tensor
+    packed: Tensor | None
+    conv: Conv
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...]) -> tuple[_Operands, tuple[Any, ...]]:
+        """An op's arguments, in the order of its schema, and what follows these."""
+        source, rest = Source(*args[:9]), args[9:]
+        stride, padding, dilation, groups = rest[2:6]
+        conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+        return cls(source, rest[0], rest[1], conv), rest[6:]
+
+    def cast_weight(self) -> Tensor:
+        """The weight in the compute dtype."""
+        return self.weight.to(self.source.x.dtype) if self.packed is None else self.packed
+
+
+class _Forward(NamedTuple):
+    """What the forward op takes beside its operands."""
+
+    emit: bool
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    momentum_tensor: Tensor | None
+    eps: float
+    backend: str
+    plan: str
+
+
+class _Backward(NamedTuple):
+    """What the backward op takes beside its operands."""
+
+    a: Tensor | None
+    g: Tensor
+    sums: Tensor
+    grad_a: Tensor | None
+    y: Tensor
+    y_mean: Tensor
+    y_scale: Tensor
+    y_rstd: Tensor
+    training: bool
+    need_input: bool
+    need_weight: bool
+    bn_weight_dtype: torch.dtype | None
+    bn_bias_dtype: torch.dtype | None
+    backend: str
+    plan: str
 
 
 def _light(backend: str) -> SimpleNamespace:
@@ -54,147 +117,67 @@ def _light(backend: str) -> SimpleNamespace:
     return SimpleNamespace(bn_act_fwd=bn_act.bn_act_fwd, bn_act_bwd=bn_act.bn_act_bwd)
 
 
-def _fwd(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    res_mean: Tensor | None,
-    res_scale: Tensor | None,
-    res_bias: Tensor | None,
-    relu: bool,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    emit: bool,
-    bn_weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    backend: str,
-    plan: str,
-) -> tuple[Tensor, ...]:
-    source = Source(x, mean, scale, bias, residual, res_mean, res_scale, res_bias, relu)
-    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
-    a, y = split.conv_bn_fwd(_light(backend), source, weight, conv, memory_format_of(x))
-    stats = statistics(y, bn_weight, running_mean, running_var, training, eps, backend)
-    return y, *stats, a if emit else x.new_empty(0)
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    operands, rest = _Operands.of(args)
+    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
+    o = _Forward(*rest)
+    norm = normalization(*o[1:9])
+    if o.plan == "fused":
+        kernel = backends.kernels(o.backend, "conv_bn").conv_bn_fwd
+        y, statistics, a = kernel(source, weight, conv, o.emit, *norm)
+    else:
+        memory_format = memory_format_of(source.x)
+        a, y = split.conv_bn_fwd(_light(o.backend), source, weight, conv, memory_format)
+        statistics = backends.kernels(o.backend, "batch_norm").batch_norm_fwd(y, *norm)
+    moved(o.training, o.running_mean, o.running_var)
+    return y, *statistics, a if o.emit else y.new_empty(0)
 
 
-def _fwd_fake(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    res_mean: Tensor | None,
-    res_scale: Tensor | None,
-    res_bias: Tensor | None,
-    relu: bool,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    emit: bool,
-    *_: object,
-) -> tuple[Tensor, ...]:
-    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
-    shape = split.output_shape(x.shape, weight.shape, conv)
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    operands, (emit, *_) = _Operands.of(args)
+    x = operands.source.x
+    shape = output_shape(x.shape, operands.weight.shape, operands.conv)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return y, *statistics_fake(y), torch.empty_like(x) if emit else x.new_empty(0)
 
 
-def _bwd(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    res_mean: Tensor | None,
-    res_scale: Tensor | None,
-    res_bias: Tensor | None,
-    relu: bool,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    a: Tensor | None,
-    g: Tensor,
-    sums: Tensor,
-    grad_a: Tensor | None,
-    y: Tensor,
-    y_mean: Tensor,
-    y_scale: Tensor,
-    y_rstd: Tensor,
-    training: bool,
-    need_input: bool,
-    need_weight: bool,
-    backend: str,
-    plan: str,
-) -> tuple[Tensor, ...]:
-    source = Source(x, mean, scale, bias, residual, res_mean, res_scale, res_bias, relu)
-    conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
-    apply = backends.kernels(backend, "batch_norm").batch_norm_bwd
-    dy = apply(g, y, y_mean, y_scale, y_rstd, sums, training)
-    outputs = split.conv_bn_bwd(
-        _light(backend),
-        dy,
-        grad_a,
-        source,
-        a,
-        weight,
-        conv,
-        need_input,
-        need_weight,
-        memory_format_of(x),
-    )
-    return tuple(x.new_empty(0) if t is None else t for t in outputs)
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    operands, rest = _Operands.of(args)
+    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
+    o = _Backward(*rest)
+    own = (o.y, o.y_mean, o.y_scale, o.y_rstd)
+    needs = (o.need_input, o.need_weight)
+    types = (o.bn_weight_dtype, o.bn_bias_dtype)
+    outputs: tuple[Tensor | None, ...]
+    if o.plan == "fused":
+        kernel = backends.kernels(o.backend, "conv_bn").conv_bn_bwd
+        outputs = kernel(
+            source, weight, operands.weight, conv, o.a, o.g, o.sums, o.grad_a, *own,
+            o.training, *needs, *types,
+        )  # fmt: skip
+    else:
+        apply = backends.kernels(o.backend, "batch_norm").batch_norm_bwd
+        dy, *gradients = apply(o.g, *own, o.sums, o.training, *types)
+        outputs = split.conv_bn_bwd(
+            _light(o.backend), dy, o.grad_a, source, o.a, weight, operands.weight, conv, *needs,
+            memory_format_of(source.x),
+        )  # fmt: skip
+        outputs += tuple(gradients)
+    return tuple(o.g.new_empty(0) if t is None else t for t in outputs)
 
 
-def _bwd_fake(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    res_mean: Tensor | None,
-    res_scale: Tensor | None,
-    res_bias: Tensor | None,
-    relu: bool,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    a: Tensor | None,
-    g: Tensor,
-    sums: Tensor,
-    grad_a: Tensor | None,
-    y: Tensor,
-    y_mean: Tensor,
-    y_scale: Tensor,
-    y_rstd: Tensor,
-    training: bool,
-    need_input: bool,
-    need_weight: bool,
-    backend: str,
-    plan: str,
-) -> tuple[Tensor, ...]:
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    operands, rest = _Operands.of(args)
+    x, mean, res_mean = (getattr(operands.source, name) for name in ("x", "mean", "res_mean"))
+    o = _Backward(*rest)
     none = x.new_empty(0)
-    dweight = torch.empty_like(weight) if need_weight else none
-    if not need_input:
-        return none, none, none, dweight
-    g_in = torch.empty_like(x)
-    if mean is None:
-        return g_in, none, none, dweight
-    in_sums = mean.new_empty(2, mean.size(0))
-    return g_in, in_sums, none if res_mean is None else torch.empty_like(in_sums), dweight
+    g_in = torch.empty_like(x) if o.need_input else none
+    sums = none if mean is None or not o.need_input else mean.new_empty(2, mean.size(0))
+    res_sums = none if res_mean is None or not o.need_input else torch.empty_like(sums)
+    dw = torch.empty_like(operands.weight) if o.need_weight else none
+    types = (o.bn_weight_dtype, o.bn_bias_dtype)
+    vectors = (none if t is None else o.y_mean.new_empty(o.y.size(1), dtype=t) for t in types)
+    return g_in, sums, res_sums, dw, *vectors
 
 
 library.impl("conv_bn_fwd", _fwd, "CompositeExplicitAutograd")
@@ -213,18 +196,20 @@ class _Config(NamedTuple):
     emit: bool
     conv: Conv
     training: bool
+    momentum: float | Tensor
     eps: float
     backend: str
     plan: str
+    packed: PackedWeights | None
 
 
 class ConvBNFunction(torch.autograd.Function):
-    """The ten tensors of the input, weight, BatchNorm's four, config -> y, sums, mean, var, scale,
+    """The ten tensors of the input, weight, BatchNorm's four, config -> y, sums, mean, scale, bias,
     emitted.
 
     Saved: the input and its vectors; the activation if and only if it was emitted (the residual is
     then not saved); a Deferred residual's y and mean; own y, mean, scale, rstd; the weight as the
-    parameter holds it, never its low-precision copy.
+    parameter holds it, never a low-precision copy of its own.
     """
 
     @staticmethod
@@ -249,23 +234,20 @@ class ConvBNFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         deferred = x_mean is not None
-        y, mean, var, rstd, scale, a = torch.ops.fusedres.conv_bn_fwd(
-            x,
-            x_mean,
-            x_scale,
-            x_bias,
-            residual,
-            res_mean,
-            res_scale,
-            res_bias,
+        source = (x, x_mean, x_scale, x_bias, residual, res_mean, res_scale, res_bias)
+        y, mean, _, rstd, scale, bias, a = torch.ops.fusedres.conv_bn_fwd(
+            *source,
             config.relu,
             weight,
+            None if config.packed is None else config.packed.get(weight, x.dtype),
             *config.conv,
             config.emit and deferred,
             bn_weight,
+            bn_bias,
             running_mean,
             running_var,
             config.training,
+            *momentum_arguments(config.momentum),
             config.eps,
             config.backend,
             config.plan,
@@ -294,13 +276,13 @@ class ConvBNFunction(torch.autograd.Function):
             scale,
             rstd,
         )
-        constant = [mean, var, scale]
+        constant = [mean, scale, bias]
         if emitted is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[5]):
             constant.append(emitted)  # nothing in front of it wants the gradient
         ctx.mark_non_differentiable(*constant)
         ctx.config = config
         ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
-        return y, mean.new_zeros(2, mean.size(0)), mean, var, scale, emitted
+        return y, mean.new_empty(2, mean.size(0)), mean, scale, bias, emitted
 
     @staticmethod
     @once_differentiable
@@ -309,8 +291,8 @@ class ConvBNFunction(torch.autograd.Function):
         g: Tensor | None,
         sums: Tensor | None,
         _mean: None,
-        _var: None,
         _scale: None,
+        _bias: None,
         grad_a: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
@@ -323,12 +305,13 @@ class ConvBNFunction(torch.autograd.Function):
             grad_a = contract.dense(grad_a, memory_format_of(x))
         needs = ctx.needs_input_grad
         need_input, need_weight = needs[0] or needs[5], needs[10]
-        g_in = in_sums = res_sums = dweight = None
+        g_in = in_sums = res_sums = dw = None
         if need_input or need_weight:
-            g_in, in_sums, res_sums, dweight = torch.ops.fusedres.conv_bn_bwd(
+            g_in, in_sums, res_sums, dw, *gradients = torch.ops.fusedres.conv_bn_bwd(
                 *source,
                 config.relu,
                 weight,
+                None if config.packed is None else config.packed.get(weight, x.dtype),
                 *config.conv,
                 a,
                 g,
@@ -341,9 +324,13 @@ class ConvBNFunction(torch.autograd.Function):
                 config.training,
                 need_input,
                 need_weight,
+                *ctx.parameters,
                 config.backend,
                 config.plan,
             )
+            gradients = present(gradients, *ctx.parameters)
+        else:
+            gradients = list(parameter_gradients(sums, rstd, *ctx.parameters))
         if not need_input or x_mean is None:
             in_sums = None
         if not need_input or res_mean is None:
@@ -353,8 +340,8 @@ class ConvBNFunction(torch.autograd.Function):
         return (
             *(g_in, in_sums, None, None, None),
             *(g_residual, res_sums, None, None, None),
-            dweight if need_weight else None,
-            *parameter_gradients(sums, rstd, *ctx.parameters),
+            dw if need_weight else None,
+            *gradients,
             *(None, None, None),
         )
 
@@ -398,7 +385,7 @@ def _check_conv(
         contract.check_pair(op, "dilation", dilation, 1),
         count,
     )
-    shape = split.output_shape(x.shape, w.shape, conv)
+    shape = output_shape(x.shape, w.shape, conv)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
             f"{op}: weight's kernel {list(w.shape[2:])} does not fit the padded input "
@@ -532,7 +519,7 @@ def conv_bn(
             f"{list(weight.shape[2:])}, stride {list(conv.stride)}, padding {list(conv.padding)}; "
             "pass input.value() instead"
         )
-    shape = split.output_shape(x.shape, weight.shape, conv)
+    shape = output_shape(x.shape, weight.shape, conv)
     contract.check_count(op, shape, training)
     residual = contract.check_join(op, residual, x, shape)
     dtype = contract.compute_dtype(x)
@@ -559,14 +546,16 @@ def conv_bn(
                 bn.training, bn.eps,
             )  # fmt: skip
             sums, emitted = None, input
+            contract.update_running(bn, mean, var, y)
         else:
             tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
-            input_relu = isinstance(input, Deferred) and input.relu
-            config = _Config(input_relu, emit, conv, bn.training, bn.eps, backend, choice.plan)
-            y, sums, mean, var, scale, emitted = ConvBNFunction.apply(
+            config = _Config(
+                isinstance(input, Deferred) and input.relu, emit, conv, bn.training, bn.momentum,
+                bn.eps, backend, backends.plan_of(choice, dtype, weight, conv, shape),
+                packed_weights(),
+            )  # fmt: skip
+            y, sums, mean, scale, bias, emitted = ConvBNFunction.apply(
                 *tensors, weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, config
             )
-            bias = affine_bias(bn, mean)
-        contract.update_running(bn, mean, var, y)
     result = Deferred(y, mean, scale, bias, residual, relu, sums)
     return (result, emitted) if emit else result

@@ -1,0 +1,58 @@
+"""What every room agrees on about convolutions: geometry, and the input that is still deferred.
+
+A leaf beside _tensors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Conv(NamedTuple):
+    """The geometry of a convolution."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    dilation: tuple[int, int]
+    groups: int
+
+    def even_padding(self) -> bool:
+        """Whether both sides are padded alike, so that the library can do it."""
+        top, bottom, left, right = self.padding
+        return top == bottom and left == right
+
+    def is_pointwise(self, kernel_size: tuple[int, int]) -> bool:
+        """Whether it is a matrix product over pixels: 1x1, not padded, one group."""
+        return kernel_size == (1, 1) and not any(self.padding) and self.groups == 1
+
+
+class Source(NamedTuple):
+    """A convolution's input: a Tensor (mean is None), or the fields of a Deferred."""
+
+    x: Tensor  # [N, C, H, W]
+    mean: Tensor | None  # [C]
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None  # [N, C, H, W]
+    res_mean: Tensor | None  # [C]: given if the residual is a Deferred
+    res_scale: Tensor | None
+    res_bias: Tensor | None
+    relu: bool
+
+
+def output_shape(
+    x: torch.Size | tuple[int, ...], weight: torch.Size, conv: Conv
+) -> tuple[int, int, int, int]:
+    """[N, K, OH, OW] of the convolution of x [N, C, H, W] with weight [K, C / groups, R, S]."""
+    top, bottom, left, right = conv.padding
+    taps_h = conv.dilation[0] * (weight[2] - 1) + 1
+    taps_w = conv.dilation[1] * (weight[3] - 1) + 1
+    return (
+        x[0],
+        weight[0],
+        (x[2] + top + bottom - taps_h) // conv.stride[0] + 1,
+        (x[3] + left + right - taps_w) // conv.stride[1] + 1,
+    )

@@ -1,0 +1,82 @@
+"""The table of measured plans and kernel configurations, shipped as plan_table.json.
+
+A leaf: backends asks it for plans, triton_kernels for configurations. An entry names a device (as
+torch does), a dtype, and the shape of a convolution; `rows`, [least, most] pixels of its output, is
+optional. Where no entry fits, the heuristics of those who ask decide.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import torch
+
+PATH = "plan_table.json"
+FORMAT = 1
+_DTYPES = {"float32", "float16", "bfloat16", "float64"}
+_KERNELS = {"fwd", "dgrad", "wgrad"}
+
+
+class Shape(NamedTuple):
+    """What a plan may depend on beside dtype and device."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    rows: int | None = None  # N*OH*OW of the output; None: not known yet, taken as large
+
+
+@cache
+def entries() -> list[dict[str, Any]]:
+    """All entries, checked.
+
+    Raises:
+        ValueError: the table is of another format, or an entry is malformed.
+    """
+    table = json.loads(resources.files("fusedres").joinpath(PATH).read_text())
+    if table.get("format") != FORMAT:
+        raise ValueError(f"{PATH}: format must be {FORMAT}, got {table.get('format')!r}")
+    for entry in table["entries"]:
+        _check(entry)
+    return table["entries"]
+
+
+def _check(entry: dict[str, Any]) -> None:
+    required = {"device", "dtype", "in_channels", "out_channels", "kernel", "stride"}
+    optional = {"rows", "plan", "configs"}
+    names = set(entry)
+    if not required <= names <= required | optional:
+        raise ValueError(f"{PATH}: an entry has {sorted(required)}, and maybe {sorted(optional)}")
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
+    if entry.get("plan", "split") not in ("fused", "split"):
+        raise ValueError(f"{PATH}: plan must be 'fused' or 'split', got {entry['plan']!r}")
+    if not set(entry.get("configs", {})) <= _KERNELS:
+        raise ValueError(f"{PATH}: configs are of {sorted(_KERNELS)}, got {entry['configs']!r}")
+
+
+@cache
+def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | None:
+    """The first entry for such a convolution on the device of this name."""
+    for entry in entries():
+        least, most = entry.get("rows", (0, None))
+        rows = shape.rows
+        fits = most is None if rows is None else least <= rows and (most is None or rows <= most)
+        if (
+            fits
+            and (entry["device"], entry["dtype"]) == (device, str(dtype).removeprefix("torch."))
+            and (entry["in_channels"], entry["out_channels"]) == shape[:2]
+            and (tuple(entry["kernel"]), tuple(entry["stride"])) == shape[2:4]
+        ):
+            return entry
+    return None
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The name under which the table knows a device: "cpu", or the GPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,66 @@
+"""Weights cast to the compute dtype together, once a step, for all convolutions of a model.
+
+Under autocast every convolution needs its fp32 parameter in a half type, forward and backward. A
+model opens `packing` around its forward: all of them are cast by one multi-tensor copy into one
+buffer. The buffer lives as long as the step's graph; there is no cache beyond it, so nothing can go
+stale under the replay of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+
+class PackedWeights:
+    """Casts of some weights, each as its parameter is strided, one after the other in a buffer."""
+
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        # 16-byte alignment for every one of them
+        sizes = [-(-w.numel() // 8) * 8 for w in weights]
+        buffer = weights[0].new_empty(sum(sizes), dtype=dtype)
+        views = [
+            chunk[: w.numel()].as_strided(w.shape, w.stride(), chunk.storage_offset())
+            for chunk, w in zip(buffer.split(sizes), weights, strict=True)
+        ]
+        torch._foreach_copy_(views, list(weights))
+        self._casts = {
+            w.data_ptr(): (w, w._version, v) for w, v in zip(weights, views, strict=True)
+        }
+
+    def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The cast of a weight; None where it has none, or changed since."""
+        packed = self._casts.get(weight.data_ptr())
+        if packed is None:
+            return None
+        source, version, cast = packed
+        same = (source.shape, source.stride(), source.dtype, version, cast.dtype)
+        asked = (weight.shape, weight.stride(), weight.dtype, weight._version, dtype)
+        return cast if same == asked else None
+
+
+_scope: ContextVar[PackedWeights | None] = ContextVar("fusedres_packed", default=None)
+
+
+@contextlib.contextmanager
+def packing(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Casts the dense weights that are not of `dtype`, for the convolutions within the block."""
+    others = [w.detach() for w in weights if w.dtype != dtype and _is_dense(w)]
+    token = _scope.set(PackedWeights(others, dtype) if others else None)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _is_dense(w: Tensor) -> bool:
+    return w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
+
+
+def packed_weights() -> PackedWeights | None:
+    """The casts in force here."""
+    return None if torch.compiler.is_compiling() else _scope.get()

@@ -1,0 +1,83 @@
+"""Block sizes of the convolution kernels: from the table where it has them, else by these rules.
+
+The rules come from compiling, not from timing: no spills with Triton 3.6 and 3.9, and room for two
+programs on an SM of a Hopper where the GEMM's depth is one or two steps, so that one's epilogue
+hides behind the other's loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from fusedres._plan_table import Shape, lookup
+
+MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
+
+
+@dataclass(frozen=True)
+class Config:
+    """BM rows by BN columns of the result (wgrad: BM rows in a step, BN by BK of dw)."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def config_of(
+    kernel: str,  # "fwd", "dgrad", "wgrad"
+    device: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    residual: int,  # 0 none, 1 a tensor, 2 one that is normalised too
+    hip: bool,
+) -> Config:
+    """The configuration of one launch."""
+    entry: dict[str, Any] = lookup(device, dtype, shape) or {}
+    measured = entry.get("configs", {}).get(kernel)
+    if measured is not None:
+        return Config(**measured)
+    return rule(kernel, dtype.itemsize, shape.in_channels, shape.out_channels, residual, hip)
+
+
+def rule(
+    kernel: str, itemsize: int, in_channels: int, out_channels: int, residual: int, hip: bool
+) -> Config:
+    """What is taken where nothing was measured."""
+    if itemsize == 8:
+        return Config(32, 32, 16, 4, 1)
+    if in_channels % 8 or out_channels % 8:  # element by element: no access is of 16 bytes
+        return Config(64, 32, 32, 4, 1)
+    if itemsize == 4:
+        return Config(64, 64, 32, 4, 2)
+    if hip:  # 64 KiB of LDS
+        return Config(64, 64, 64, 4, 2)
+    if kernel == "fwd":
+        if out_channels <= 64:
+            return Config(64, 64, 64, 4, 3) if residual else Config(128, 64, 64, 4, 3)
+        if in_channels <= 128 or residual:
+            return Config(64, 128, 64, 4, 3)
+        return Config(128, 128, 64, 8, 3)
+    if kernel == "dgrad":
+        wide = in_channels > 64 and residual < 2
+        return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
+    wide = in_channels > 64 and residual < 2
+    return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
+
+
+def candidates(kernel: str) -> list[Config]:
+    """What is worth timing for half types; all of them must be right, and spill nowhere."""
+    if kernel == "fwd":
+        blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+        return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))]
+    if kernel == "dgrad":
+        blocks = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8)]
+        return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]
+    blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
+    return [Config(m, n, k, w, 3) for m, n, w in blocks for k in (64, 128) if n * k <= 8192]

@@ -1,0 +1,441 @@
+"""What only Triton's interpreter can show without a GPU; test_triton.py runs it in a process of its
+own, with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_conv_bn import SOURCES, Chain
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_launches import dry, model_step
+
+import fusedres
+from fusedres import use_backend, use_plan
+from fusedres._tensors import INTERPRETED
+from fusedres.models import resnet
+from fusedres.ops import bn_act
+from fusedres.ops._packed import PackedWeights, packed_weights, packing
+from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
+from fusedres.triton_kernels import _launch
+from fusedres.triton_kernels import conv_bn as host
+from fusedres.triton_kernels._launch import Launch
+
+assert INTERPRETED, "run by test_triton.py"
+PLANS = ("fused", "split")
+conv_bn_op = importlib.import_module("fusedres.ops.conv_bn")  # the module, not the function
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("variant", ["torchvision", "keras"])
+def test_a_small_resnet_equals_the_reference(
+    variant: str, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp64, three steps: outputs, every gradient and running statistics to 1e-10."""
+    monkeypatch.setattr(resnet, "_WIDTHS", (8, 8, 16, 16))
+    monkeypatch.setitem(resnet._DEPTHS, 50, (2, 2, 1, 1))
+    model = fusedres.FusedResNet50(5, variant=variant).double().to(memory_format=CHANNELS_LAST)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-5) for m in (model, twin)]
+    for _ in range(3):
+        x = torch.randn(3, 3, 40, 40, dtype=torch.float64).to(memory_format=CHANNELS_LAST)
+        target = torch.randint(5, (3,))
+        found = []
+        for m, backend, optimizer in zip(
+            (model, twin), ("triton", "reference"), optimizers, strict=True
+        ):
+            leaf = x.clone().requires_grad_()
+            optimizer.zero_grad()
+            with use_backend(backend), use_plan(plan if backend == "triton" else "auto"):
+                out = m(leaf)
+                F.cross_entropy(out, target).backward()
+            grads = {name: p.grad for name, p in m.named_parameters()}
+            found.append({"output": out.detach(), "input": leaf.grad, **grads})
+            optimizer.step()
+        for name, truth in found[1].items():
+            assert truth is not None and truth.any(), name
+            largest = (found[0][name] - truth).abs().max() / truth.abs().max()
+            assert largest < 1e-10, (name, largest)
+    for (name, ours), truth in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert (ours - truth).abs().max() <= 1e-10 * truth.abs().max(), name
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("source", SOURCES)
+def test_chunks_of_several_tiles(source: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments and sums merge over the tiles of a program, the last chunk being a short one."""
+    monkeypatch.setattr(host, "MOST_PARTIALS", 2)
+    chain = Chain(source, (3, 6, 11, 9), 5, stride=stride, emit=stride == 1)
+    with _launch.recording() as launches:
+        check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+    by_name = {launch.name: launch.arguments() for launch in launches}
+    for name in ("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel"):
+        arguments = by_name[name]
+        assert arguments["tiles"] > 1 and arguments["LOOP"]
+        assert arguments["M"] % (arguments["tiles"] * arguments["BM"])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["x", "r", "w", "value", "emitted"])
+def test_nan_and_inf_spread_as_in_torch(where: str, value: float, plan: str) -> None:
+    """With frozen statistics, where they do not reach everything at once."""
+    chain = Chain("tensor_residual", (2, 8, 5, 3), 6, training=False, emit=True)
+
+    def poisoned(function: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        t = chain.inputs(Maker(torch.float32, CHANNELS_LAST))
+        if where in t:
+            with torch.no_grad():
+                t[where][-1, -1, -1, -1] = value
+
+        def outputs(inputs: Any) -> dict[str, Tensor]:
+            out = function(inputs)
+            if where in out:  # poisons the gradient that arrives there
+                out[where].register_hook(_set_last(value))
+            return out
+
+        return dict(run(outputs, t))
+
+    torch.backends.cudnn.allow_tf32 = False
+    with use_backend("triton"), use_plan(plan):
+        ours = poisoned(chain.ours)
+    theirs = poisoned(chain.eager)
+    for name, true in theirs.items():
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(ours[name]), kind(true)), (name, kind)
+
+
+def _set_last(value: float) -> Callable[[Tensor], Tensor]:
+    def hook(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[-1, -1, -1, -1] = value
+        return grad
+
+    return hook
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_input_gives_the_same_bits(plan: str) -> None:
+    chain = Chain("deferred_residual", (4, 16, 13, 13), 24, emit=True)
+    with use_backend("triton"), use_plan(plan):
+        first, second = (
+            dict(run(chain.ours, chain.inputs(Maker(torch.float32)))) for _ in range(2)
+        )
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_results_do_not_rest_on_what_memory_held() -> None:
+    """Outputs are poisoned: torch fills every empty tensor with NaN here."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        for stride in (1, 2):
+            for source in SOURCES:
+                chain = Chain(source, (2, 5, 6, 7), 3, stride=stride, emit=stride == 1)
+                check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_dw_takes_any_strides_of_its_parameter() -> None:
+    chain = Chain("none", (2, 8, 5, 5), 6)
+    eager = dict(run(chain.eager, chain.inputs(Maker(torch.float64))))
+    t = chain.inputs(Maker(torch.float64))
+    t["w"] = t["w"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    with use_backend("triton"), use_plan("fused"):
+        ours = dict(run(chain.ours, t))
+    for name, truth in eager.items():
+        torch.testing.assert_close(ours[name], truth, rtol=1e-10, atol=1e-10, msg=name)
+    assert ours["gradient of w"].stride() == t["w"].stride()
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def test_launches_of_a_training_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """A 1x1 convolution: one kernel forward, two backward; a node: one second stage each way."""
+    with dry() as launches:
+        model_step(2, 64)
+    count = collections.Counter(launch.name for launch in launches)
+    with capsys.disabled():
+        print("\nlaunches of a FusedResNet50 training step, beside the library's convolutions:")
+        for name, times in sorted(count.items()):
+            print(f"  {times:4}  {name}")
+        print(f"  {sum(count.values()):4}  in all")
+    pointwise, others = 36, 17
+    assert count == {
+        "conv_bn_fwd_kernel": pointwise,
+        "conv_bn_dgrad_kernel": pointwise,
+        "conv_bn_wgrad_kernel": pointwise,
+        "conv_bn_finish_kernel": pointwise,
+        # the split plan of the 3x3 convolutions and the stem
+        "batch_norm_stats_kernel": others,
+        "batch_norm_finish_kernel": pointwise + others,
+        "batch_norm_bwd_kernel": others,
+        "bn_act_fwd_kernel": 2 * 16 + 1,  # forward, for wgrad once more, and the network's end
+        "bn_act_bwd_kernel": 16 + 1,
+        "sum_rows_kernel": 16 + 1 + 1,
+        "bn_relu_maxpool_fwd_kernel": 1,
+        "bn_relu_maxpool_bwd_kernel": 1,
+    }
+
+
+class _Seen(TorchDispatchMode):
+    """Lists the aten ops below ours that allocate or compute, with the elements they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("fusedres::"):  # below the op: its implementation under this mode
+            with self:
+                return getattr(conv_bn_op, name.removeprefix("fusedres::conv_bn"))(*args)
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.ops.append((name, result.numel()))
+        return result
+
+
+@pytest.mark.parametrize("emit", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_temporary_the_size_of_an_activation(source: str, emit: bool) -> None:
+    """Forward allocates y, and the activation where it is emitted; backward g_in and dy."""
+    n, c, h, w, k = 64, 64, 56, 56, 256
+    x = torch.empty(n, c, h, w, dtype=torch.bfloat16, memory_format=CHANNELS_LAST)
+    vectors = [torch.ones(c) for _ in range(3)]
+    deferred = source != "tensor"
+    residual = torch.empty_like(x) if "residual" in source else None
+    joined = vectors if source == "deferred_residual" else [None] * 3
+    operands = (
+        x, *(vectors if deferred else [None] * 3), residual, *joined, deferred,
+        torch.empty(k, c, 1, 1, dtype=torch.bfloat16), None, (1, 1), (0, 0, 0, 0), (1, 1), 1,
+    )  # fmt: skip
+    norm = (torch.ones(k), torch.ones(k), torch.zeros(k), torch.ones(k), True, 0.1, None, 1e-5)
+    emit = emit and deferred
+    with dry(), _Seen() as seen:
+        y, mean, _, rstd, scale, _, a = conv_bn_op._fwd(*operands, emit, *norm, "triton", "fused")
+        forward, seen.ops = seen.ops, []
+        conv_bn_op._bwd(
+            *operands, a if emit else None, torch.empty_like(y), torch.empty(2, k),
+            torch.empty_like(x) if emit else None, y, mean, scale, rstd, True, True, True,
+            torch.float32, torch.float32, "triton", "fused",
+        )  # fmt: skip
+        backward = seen.ops[2 + emit :]  # without those made for the call
+    large = n * h * w * min(c, k)
+    assert {name for name, _ in forward + backward} <= {
+        "aten::empty.memory_format",
+        "aten::empty_like",
+        "aten::new_empty",
+    }
+    sizes = [size for _, size in forward if size >= large]
+    assert sorted(sizes) == sorted([n * h * w * k] + [n * h * w * c] * emit)
+    assert sorted(s for _, s in backward if s >= large) == sorted([n * h * w * c, n * h * w * k])
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def _moved(launch: Launch) -> float:
+    """Bytes of the activations of a launch, each once; of a strided input the rows read."""
+    v, moved = launch.arguments(), 0.0
+    for name, t in v.items():
+        if isinstance(t, Tensor) and t.dim() == 4 and name not in ("w_ptr", "dw_ptr"):
+            sampled = launch.name.startswith("conv_bn") and name in ("x_ptr", "residual_ptr")
+            share = v["OH"] * v["OW"] / (v["H"] * v["W"]) if sampled else 1.0
+            moved += t.numel() * t.itemsize * share
+    return moved
+
+
+def _stated(launch: Launch) -> float:
+    """Bytes a launch moves by the formula at the head of its kernel."""
+    v = launch.arguments()
+    size = next(t for t in launch.args if isinstance(t, Tensor)).itemsize
+    m, c, k = v.get("M", 0), v.get("C", 0), v.get("K", 0)
+    strided = v.get("H", 1) * v.get("W", 1) / max(1, v.get("OH", 1) * v.get("OW", 1))
+    residual = v.get("RESIDUAL", 0)
+    if launch.name == "conv_bn_fwd_kernel":
+        reads, writes = m * c * (1 + (residual > 0)), m * (k + c * v["EMIT"])
+    elif launch.name == "conv_bn_dgrad_kernel":
+        reads = 2 * m * k + m * c * (
+            v["GRAD_A"] + v["NORM"] * (1 + (v["MASK"] == 1) + (residual == 2))
+        )
+        writes = m * k + m * strided * c
+    elif launch.name == "conv_bn_wgrad_kernel":
+        reads, writes = m * c * (1 + (residual > 0)) + m * k, 0
+    elif launch.name == "bn_act_fwd_kernel":
+        reads, writes = m * c * (1 + (residual > 0)), m * c
+    elif launch.name == "bn_act_bwd_kernel":
+        reads = m * c * (2 + v["EXTRA"] + v["MASK"] + bool(residual))
+        writes = m * c * (v["MASK"] or v["EXTRA"])
+    elif launch.name == "batch_norm_stats_kernel":
+        reads, writes = m * c, 0
+    elif launch.name == "batch_norm_bwd_kernel":
+        reads, writes = 2 * m * c, m * c
+    else:
+        return 0
+    return (reads + writes) * size
+
+
+def test_bytes_of_each_kernel_and_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """What launches are given is what the heads of the kernels state; a step is the sum of it."""
+    batch = 8
+    with dry() as launches:
+        model_step(batch, 224)
+    total: collections.Counter[str] = collections.Counter()
+    for launch in launches:
+        total[launch.name] += _moved(launch)
+        if stated := _stated(launch):
+            assert _moved(launch) == pytest.approx(stated), (launch.name, launch.arguments())
+    with capsys.disabled():
+        print("\nMB an image of a bf16 training step at 224 pixels, by kernel:")
+        for name, moved in total.most_common():
+            if moved:
+                print(f"  {moved / batch / 1e6:6.1f}  {name}")
+        print(f"  {sum(total.values()) / batch / 1e6:6.1f}  in all, without the library's")
+    assert sum(total.values()) / batch < 256e6  # what a change may not undo
+
+
+# --- plans and weights ----------------------------------------------------------------------------
+
+
+def test_plans_by_name_and_in_the_report() -> None:
+    model = fusedres.FusedResNet50(4).half()
+    with use_backend("triton"):
+        rows = {row.name: row.plan for row in fusedres.report(model)}
+        assert (
+            rows["layer1.0.conv1 + bn1"] == rows["layer2.0.downsample.0 + downsample.1"] == "fused"
+        )
+        assert rows["layer1.0.conv2 + bn2"] == rows["conv1 + bn1"] == "split"
+        assert collections.Counter(rows.values()) == {"fused": 36, "split": 17}
+        with use_plan("split"):
+            assert {row.plan for row in fusedres.report(model)} == {"split"}
+        wide = {row.plan for row in fusedres.report(model.double())}
+        assert wide == {"split"}  # no tensor core serves Triton's fp64
+
+
+def test_a_model_casts_its_weights_in_one_copy() -> None:
+    model = fusedres.FusedResNet50(4).to(memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=CHANNELS_LAST)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    sizes = {m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)}
+
+    class Casts(TorchDispatchMode):
+        alone, together = 0, 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.name() == "aten::_foreach_copy_":
+                self.together += sum(t.numel() for t in args[1])
+            elif func.name() == "aten::_to_copy" and args[0].requires_grad:
+                self.alone += args[0].numel() in sizes and args[0].dim() == 4
+            return func(*args, **(kwargs or {}))
+
+    with dry(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        model(x)
+    assert (casts.alone, casts.together) == (0, weights)
+
+
+def test_casts_follow_their_weights() -> None:
+    """Each forward casts anew; a weight changed since its cast is cast again."""
+    w, other = (nn.Parameter(torch.randn(4, 3, 1, 1)) for _ in range(2))
+    with packing([w, other], torch.float16):
+        casts = packed_weights()
+    assert isinstance(casts, PackedWeights) and packed_weights() is None
+    assert torch.equal(casts.get(w, torch.float16), w.half())
+    assert casts.get(w, torch.bfloat16) is None
+    with torch.no_grad():
+        w.add_(1)
+    assert casts.get(w, torch.float16) is None
+    assert casts.get(nn.Parameter(torch.randn(4, 3, 1, 1)), torch.float16) is None
+    assert torch.equal(casts.get(other, torch.float16), other.half())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_autocast_equals_casts_by_hand(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet, "_WIDTHS", (8, 8, 8, 8))
+    monkeypatch.setitem(resnet._DEPTHS, 50, (1, 1, 1, 1))
+    model = fusedres.FusedResNet50(3)
+    x = torch.randn(2, 3, 32, 32)
+    results = []
+    with use_backend("triton"), use_plan(plan):
+        for cast_together in (True, False):
+            if not cast_together:
+                monkeypatch.setattr(resnet, "packed", lambda *_: contextlib.nullcontext())
+            twin = copy.deepcopy(model)
+            with torch.autocast("cpu", torch.float16):
+                out = twin(x)
+            out.float().square().sum().backward()
+            results.append([out.detach(), *(p.grad for p in twin.parameters())])
+    for together, alone in zip(*results, strict=True):
+        assert torch.equal(together, alone)
+
+
+# --- direct calls ---------------------------------------------------------------------------------
+
+
+def test_direct_calls_of_the_fused_plan_end_in_a_value_error() -> None:
+    ops = torch.ops.fusedres
+    x = torch.randn(2, 4, 6, 6).to(memory_format=CHANNELS_LAST)
+    v, w = torch.ones(4), torch.randn(4, 4, 1, 1)
+    none = (None,) * 3
+    norm = (v, v, None, None, True, 0.1, None, 1e-5, "triton", "fused")
+    conv = (None, (1, 1), (0, 0, 0, 0), (1, 1), 1)
+
+    def call(
+        x: Tensor = x, vectors: Any = (v, v, v), residual: Any = None, joined: Any = none,
+        w: Tensor = w, conv: Any = conv, emit: bool = False,
+    ) -> Any:  # fmt: skip
+        return ops.conv_bn_fwd(x, *vectors, residual, *joined, True, w, *conv, emit, *norm)
+
+    call()
+    for bad in (
+        {"x": x.contiguous()},
+        {"x": x[0]},
+        {"vectors": (v, None, v)},
+        {"vectors": (v[:2], v, v)},
+        {"vectors": none, "residual": x},
+        {"residual": x[:1]},
+        {"residual": x.double()},
+        {"residual": x, "joined": (v, v, None)},
+        {"w": w[:, :2]},
+        {"w": torch.randn(4, 4, 3, 3)},
+        {"w": w[0]},
+        {"conv": (None, (3, 3), (0, 0, 0, 0), (1, 1), 1)},
+        {"conv": (None, (1, 1), (1, 1, 1, 1), (1, 1), 1)},
+        {"conv": (None, (1, 1), (0, 0, 0, 0), (1, 1), 2)},
+        {"conv": (None, (2, 2), (0, 0, 0, 0), (1, 1), 1), "emit": True},
+        {"vectors": none, "emit": True},
+    ):
+        try:
+            call(**bad)
+        except ValueError:
+            continue
+        pytest.fail(f"{list(bad)} passed")
+
+
+def test_empty_batches_and_bn_act() -> None:
+    with use_backend("triton"):
+        x = torch.empty(0, 4, 3, 3, requires_grad=True)
+        d = fusedres.ops.conv_bn(x, torch.randn(6, 4, 1, 1))
+        bn_act(d).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape

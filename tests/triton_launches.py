@@ -1,0 +1,158 @@
+"""Which kernels a training step launches, with what arguments: a list for triton_compile.py.
+
+Nothing is computed and no GPU is needed: tensors are allocated and never touched, convolutions of
+the library return empty ones. Must run with TRITON_INTERPRET=1, where the triton backend takes CPU
+tensors; blocks are those of a GPU all the same.
+
+    TRITON_INTERPRET=1 python tests/triton_launches.py launches.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fusedres
+from fusedres import backends
+from fusedres.library import conv_bn as library
+from fusedres.ops import batch_norm, bn_act, conv_bn
+from fusedres.triton_kernels import _launch
+from fusedres.triton_kernels import bn_act as bn_act_host
+from fusedres.triton_kernels import conv_bn as conv_bn_host
+from fusedres.triton_kernels._launch import Launch
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+
+
+@contextlib.contextmanager
+def dry(hip: bool = False, multiprocessors: int = 132) -> Iterator[list[Launch]]:
+    """Records launches, all dtypes accepted, with nothing computed."""
+    serves_all = replace(backends.BACKENDS["triton"], dtypes=tuple(_TYPES))
+
+    def convolution(a: Tensor, weight: Tensor, conv: Any, memory_format: Any) -> Tensor:
+        shape = library.output_shape(a.shape, weight.shape, conv)
+        return torch.empty(shape, dtype=a.dtype, memory_format=memory_format)
+
+    def convolution_backward(
+        dy: Tensor, a: Tensor, weight: Tensor, conv: Any, need_da: bool, need_dw: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return torch.empty_like(a) if need_da else None, torch.empty_like(weight)
+
+    with (
+        mock.patch.dict(backends.BACKENDS, triton=serves_all),
+        mock.patch.object(library, "convolution", convolution),
+        mock.patch.object(library, "convolution_backward", convolution_backward),
+        mock.patch.object(conv_bn_host, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.object(conv_bn_host, "INTERPRETED", False),
+        mock.patch.object(bn_act_host, "INTERPRETED", False),
+        mock.patch.object(torch.version, "hip", "0" if hip else None),
+        fusedres.use_backend("triton"),
+        _launch.recording(run=False) as launches,
+    ):
+        backends._choose.cache_clear()
+        yield launches
+    backends._choose.cache_clear()
+
+
+def model_step(batch: int, size: int, **options: Any) -> None:
+    """One training step of a FusedResNet50 under bf16 autocast, with no value ever looked at."""
+    model = fusedres.FusedResNet50(1000, **options).to(memory_format=torch.channels_last)
+    x = torch.empty(batch, 3, size, size, memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    out.backward(torch.empty_like(out))
+
+
+def rare_variants(dtype: torch.dtype) -> None:
+    """What no ResNet-50 launches but a caller of the ops may: odd sizes, residuals not emitted."""
+    for shape, outs in (((8, 64, 56, 56), 64), ((8, 256, 28, 28), 128), ((3, 5, 7, 7), 11)):
+        c = shape[1]
+        x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last, requires_grad=True)
+        r = torch.empty_like(x).requires_grad_()
+        weight = torch.empty(c, c, 1, 1, dtype=dtype, requires_grad=True)
+        last = torch.empty(outs, c, 1, 1, dtype=dtype, requires_grad=True)
+        norm = [torch.ones(c, requires_grad=True), torch.zeros(c, requires_grad=True)]
+        for join in (None, r, conv_bn(r, weight, *norm, relu=False)):
+            for relu, stride in ((True, 1), (False, 1), (True, 2)):
+                d = conv_bn(x, weight, *norm, residual=join, relu=relu)
+                h_ = conv_bn(d, last, stride=stride)
+                value = h_.value()
+                value.backward(torch.empty_like(value), retain_graph=True)
+        frozen = conv_bn(x, weight, *norm, torch.zeros(c), torch.ones(c), training=False)
+        bn_act(frozen).backward(torch.empty_like(x))
+        d = batch_norm(x, *norm, residual=r)
+        d.value().backward(torch.empty_like(x))
+        fusedres.add_relu(x, r).backward(torch.empty_like(x))
+
+
+def described(launch: Launch) -> dict[str, Any]:
+    """A launch as triton_compile.py reads it: what a compilation depends on."""
+    arguments: list[list[Any]] = []
+    general = launch.kernel.kwargs.get("do_not_specialize") or []
+    for name, value in launch.arguments().items():
+        parameter = launch.kernel.fn.__annotations__.get(name)
+        if parameter is not None:  # tl.constexpr
+            arguments.append([name, "constexpr", str(value) if hasattr(value, "name") else value])
+        elif value is None or (type(value) is int and value == 1 and name not in general):
+            arguments.append([name, "constexpr", value])
+        elif isinstance(value, Tensor):
+            arguments.append([name, _TYPES.get(value.dtype) or f"*{value.dtype}", True])
+        elif isinstance(value, float):
+            arguments.append([name, "fp32", False])
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            arguments.append([name, kind, value % 16 == 0 and name not in general])
+    sizes = launch.arguments()
+    depth = {"conv_bn_fwd_kernel": "C", "conv_bn_dgrad_kernel": "K"}.get(launch.name)
+    return {
+        # one or two steps deep: another program should run beside its epilogue
+        "want": 2 if depth is not None and sizes[depth] <= 128 else 1,
+        "module": launch.kernel.fn.__module__.rsplit(".", 1)[1],
+        "kernel": launch.name,
+        "arguments": arguments,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+def unique(launches: list[Launch]) -> list[dict[str, Any]]:
+    """Launches that need a compilation of their own."""
+    return list({json.dumps(described(launch)): described(launch) for launch in launches}.values())
+
+
+def main() -> None:
+    """Writes the lists for CUDA and for HIP."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--only", choices=["resnet50"], help="leave out what only others launch")
+    options = parser.parse_args()
+    lists = {}
+    for family in ("cuda", "hip"):
+        with dry(hip=family == "hip") as launches:
+            model_step(256, 224)
+            if options.only is None:
+                model_step(8, 224, variant="keras")
+                rare_variants(torch.bfloat16)
+                with fusedres.use_plan("fused"):
+                    rare_variants(torch.float32)
+        lists[family] = unique(launches)
+    options.path.write_text(json.dumps(lists, indent=1))
+    print({family: len(listed) for family, listed in lists.items()})
+
+
+if __name__ == "__main__":
+    main()
