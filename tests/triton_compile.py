@@ -2,7 +2,7 @@
 
 Needs Triton, no torch and no GPU, so that one list can be held against several versions of Triton:
 
-    python tests/triton_compile.py launches.json --targets sm_80 gfx942 --out table.json
+    python tests/triton_compile.py launches.json --dtypes bf16 fp16 --out table.json
 
 Gates: it compiles; no register spills; shared memory within the device's; tensor cores in the GEMMs
 over half types (wgmma on sm_90, mma on sm_80, tcgen05 on sm_100); and where a GEMM is one or two
@@ -136,11 +136,11 @@ def resources(compiled: Any, device: Device, triton: types.ModuleType) -> dict[s
     """Registers, spilled bytes or slots, and tensor-core instructions of the machine code."""
     if device.backend == "hip":
         code = compiled.asm["amdgcn"]
-        spilled = re.findall(r"vgpr_spill_count:\s*(\d+)|sgpr_spill_count:\s*(\d+)", code)
+        spilled = re.findall(r"vgpr_spill_count:\s*(\d+)", code)  # scalars spill to registers
         registers = re.search(r"\.vgpr_count:\s*(\d+)", code)
         return {
             "registers": int(registers.group(1)) if registers else None,
-            "spills": sum(int(a or b) for a, b in spilled),
+            "spills": sum(map(int, spilled)),
             "tensor_core": len(re.findall(device.tensor_core, code)),
         }
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -183,7 +183,6 @@ def job(item: tuple[dict[str, Any], str, str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("launches", type=Path)
-    parser.add_argument("--targets", nargs="+", choices=DEVICES, default=["sm_90"])
     parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp16"], default=["bf16"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="where to write the table as JSON")
@@ -191,9 +190,9 @@ def main() -> int:
     lists = json.loads(options.launches.read_text())
     items = [
         (launch, target, half)
-        for target in options.targets
+        for target, listed in lists.items()
         for half in options.dtypes
-        for launch in lists[DEVICES[target].backend]
+        for launch in listed
         if half == "bf16" or any(kind == "*bf16" for _, kind, _ in launch["arguments"])
     ]
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -4,7 +4,7 @@ Nothing is computed and no GPU is needed: tensors are allocated and never touche
 the library return empty ones. Must run with TRITON_INTERPRET=1, where the triton backend takes CPU
 tensors; blocks are those of a GPU all the same.
 
-    TRITON_INTERPRET=1 python tests/triton_launches.py launches.json
+    TRITON_INTERPRET=1 python tests/triton_launches.py launches.json --targets sm_90 gfx942
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import fusedres
 from fusedres import backends
 from fusedres.library import conv_bn as library
 from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres.triton_kernels import _launch
+from fusedres.triton_kernels import _configs, _launch
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels import conv_bn as conv_bn_host
 from fusedres.triton_kernels._launch import Launch
@@ -39,8 +39,9 @@ _TYPES = {
 
 
 @contextlib.contextmanager
-def dry(hip: bool = False, multiprocessors: int = 132) -> Iterator[list[Launch]]:
-    """Records launches, all dtypes accepted, with nothing computed."""
+def dry(target: str = "sm_90", multiprocessors: int = 132) -> Iterator[list[Launch]]:
+    """Records the launches for a target, all dtypes accepted, with nothing computed."""
+    arch = int(target.removeprefix("sm_")) if target.startswith("sm_") else _configs.HIP
     serves_all = replace(backends.BACKENDS["triton"], dtypes=tuple(_TYPES))
 
     def convolution(a: Tensor, weight: Tensor, conv: Any, memory_format: Any) -> Tensor:
@@ -59,7 +60,7 @@ def dry(hip: bool = False, multiprocessors: int = 132) -> Iterator[list[Launch]]
         mock.patch.object(conv_bn_host, "multiprocessors", lambda device: multiprocessors),
         mock.patch.object(conv_bn_host, "INTERPRETED", False),
         mock.patch.object(bn_act_host, "INTERPRETED", False),
-        mock.patch.object(torch.version, "hip", "0" if hip else None),
+        mock.patch.object(conv_bn_host, "arch_of", lambda device: arch),
         fusedres.use_backend("triton"),
         _launch.recording(run=False) as launches,
     ):
@@ -135,23 +136,24 @@ def unique(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Writes the lists for CUDA and for HIP."""
+    """Writes a list for each target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path)
+    parser.add_argument("--targets", nargs="+", default=["sm_90"])
     parser.add_argument("--only", choices=["resnet50"], help="leave out what only others launch")
     options = parser.parse_args()
     lists = {}
-    for family in ("cuda", "hip"):
-        with dry(hip=family == "hip") as launches:
+    for target in options.targets:
+        with dry(target) as launches:
             model_step(256, 224)
             if options.only is None:
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
                 with fusedres.use_plan("fused"):
                     rare_variants(torch.float32)
-        lists[family] = unique(launches)
+        lists[target] = unique(launches)
     options.path.write_text(json.dumps(lists, indent=1))
-    print({family: len(listed) for family, listed in lists.items()})
+    print({target: len(listed) for target, listed in lists.items()})
 
 
 if __name__ == "__main__":

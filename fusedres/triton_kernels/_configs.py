@@ -15,6 +15,7 @@ import torch
 
 from fusedres._plan_table import Shape, lookup
 
+HIP = 0  # the arch of what is not CUDA
 MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
 
 
@@ -30,37 +31,53 @@ class Config:
 
 
 @cache
+def arch_of(device: torch.device) -> int:
+    """80 for sm_80 and so on, HIP for AMD's; the interpreter stands in for a Hopper."""
+    if torch.version.hip is not None:
+        return HIP
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
 def config_of(
     kernel: str,  # "fwd", "dgrad", "wgrad"
     device: str,
     dtype: torch.dtype,
     shape: Shape,
     residual: int,  # 0 none, 1 a tensor, 2 one that is normalised too
-    hip: bool,
+    arch: int,
 ) -> Config:
     """The configuration of one launch."""
     entry: dict[str, Any] = lookup(device, dtype, shape) or {}
     measured = entry.get("configs", {}).get(kernel)
     if measured is not None:
         return Config(**measured)
-    return rule(kernel, dtype.itemsize, shape.in_channels, shape.out_channels, residual, hip)
+    return rule(kernel, dtype.itemsize, shape.in_channels, shape.out_channels, residual, arch)
 
 
 def rule(
-    kernel: str, itemsize: int, in_channels: int, out_channels: int, residual: int, hip: bool
+    kernel: str, itemsize: int, in_channels: int, out_channels: int, residual: int, arch: int
 ) -> Config:
     """What is taken where nothing was measured."""
+    hopper = arch >= 90
     if itemsize == 8:
         return Config(32, 32, 16, 4, 1)
     if in_channels % 8 or out_channels % 8:  # element by element: no access is of 16 bytes
         return Config(64, 32, 32, 4, 1)
     if itemsize == 4:
         return Config(64, 64, 32, 4, 2)
-    if hip:  # 64 KiB of LDS
+    if arch == HIP:  # 64 KiB of LDS
         return Config(64, 64, 64, 4, 2)
     if kernel == "fwd":
         if out_channels <= 64:
             return Config(64, 64, 64, 4, 3) if residual else Config(128, 64, 64, 4, 3)
+        if not hopper:  # without wgmma the operands, too, live in registers
+            return Config(64, 64, 64, 4, 3) if residual else Config(64, 128, 32, 4, 3)
+        if arch >= 100 and not residual:
+            return Config(128, 128, 64, 8, 3)
         if in_channels <= 128 or residual:
             return Config(64, 128, 64, 4, 3)
         return Config(128, 128, 64, 8, 3)

@@ -89,7 +89,17 @@ def _run(
     num_warps: int,
     num_stages: int,
 ) -> None:
-    key = (kernel, device.index, num_warps, num_stages, *map(_specialised_on, args))
+    key = (
+        kernel,
+        device.index,
+        num_warps,
+        num_stages,
+        *[
+            # a tensor counts by its dtype and alignment, all else by its value
+            a if not isinstance(a, Tensor) else a.dtype if not a.data_ptr() & 15 else (a.dtype,)
+            for a in args
+        ],
+    )
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*args)
@@ -99,12 +109,6 @@ def _run(
     # contraction is asked for by name, as its default differs between versions of Triton
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     _compiled[key] = kernel[grid](*args, **options)
-
-
-def _specialised_on(arg: Any) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() & 15 == 0
-    return float if isinstance(arg, float) else (type(arg), arg)
 
 
 @cache

@@ -13,7 +13,7 @@ from fusedres._conv import Conv, Source, output_shape
 from fusedres._plan_table import Shape, device_name
 from fusedres._tensors import INTERPRETED, stat_dtype
 from fusedres.triton_kernels._args import acc, check, described, like, rows
-from fusedres.triton_kernels._configs import MOST_PARTIALS, Config, config_of
+from fusedres.triton_kernels._configs import MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import launch, multiprocessors
 from fusedres.triton_kernels.batch_norm import (
     batch_norm_bwd,
@@ -25,7 +25,7 @@ from fusedres.triton_kernels.device.conv_bn_finish import conv_bn_finish_kernel
 from fusedres.triton_kernels.device.conv_bn_fwd import conv_bn_fwd_kernel
 from fusedres.triton_kernels.device.conv_bn_wgrad import conv_bn_wgrad_kernel
 
-_FINISH = (64, 16, 512)  # BR, BC, BW of the second stage
+_FINISH = (32, 16, 512)  # BR, BC, BW of the second stage
 
 
 def conv_bn_fwd(
@@ -62,7 +62,8 @@ def conv_bn_fwd(
         source.res_scale, source.res_bias, weight, y, a, part,
         m, channels, out[1], x.size(2), x.size(3), out[2], out[3], tiles,
         *conv.stride, source.mean is not None, residual, source.relu, emit, part is not None,
-        tiles > 1, _precision(), acc(x.dtype), channels % config.BK == 0, config.BM, config.BN, config.BK,
+        tiles > 1, _precision(), acc(x.dtype), channels % config.BK == 0,
+        config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -198,8 +199,7 @@ def _residual_kind(source: Source) -> int:
 
 def _config(kernel: str, x: Tensor, weight: Tensor, conv: Conv, m: int, residual: int) -> Config:
     shape = Shape(x.size(1), weight.size(0), (1, 1), conv.stride, m)
-    hip = torch.version.hip is not None
-    return config_of(kernel, device_name(x.device), x.dtype, shape, residual, hip)
+    return config_of(kernel, device_name(x.device), x.dtype, shape, residual, arch_of(x.device))
 
 
 def _chunks(m: int, config: Config) -> tuple[int, int]:

@@ -10,8 +10,8 @@ chunk is one tile (LOOP false) the loop vanishes, and with it up to a third of t
 past M repeat the last one: they cost no mask in the prologue, and are masked at the stores and in
 the moments.
 
-Bytes, elements a row: reads C of x once a tile of K (from memory once), as many of the residual, and
-w; writes K of y, and C where the activation is emitted, by the first tile of K.
+Bytes, elements a row: reads C of x once a tile of K (from memory once), as many of the residual,
+and w; writes K of y, and C where the activation is emitted, by the first tile of K.
 Saved for backward: x and its vectors, y, the emitted activation.
 """
 

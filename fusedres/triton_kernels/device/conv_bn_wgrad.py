@@ -4,8 +4,9 @@
 
 The activation is computed again on the way in, or x is one already (emitted, or a plain tensor); dy
 is plain, as dgrad wrote it. The transpose keeps the transformed side on the left, where Hopper's
-tensor cores take it from registers, and dy on the right goes to shared memory untouched. The grid is (tiles of K, tiles of C, splits of M); every split writes a partial dw in ACC, which
-conv_bn_finish adds up in order. Rows past M are loaded as zeros: dy's zero meets a finite value.
+tensor cores take it from registers, and dy on the right goes to shared memory untouched. The grid
+is (tiles of K, tiles of C, splits of M); every split writes a partial dw in ACC, and conv_bn_finish
+adds them up in order. Rows past M are loaded as zeros: dy's zero meets a finite value.
 
 Bytes, elements a row: reads C of x (and of a residual) once a tile of K, K of dy once a tile of C;
 writes splits * K * C of ACC.
