@@ -68,6 +68,7 @@ BACKENDS = {
 # fastest first; then "reference". The interpreter is asked for by name only
 _AUTO_ORDER = ("cuda", "cpp") if INTERPRETED else ("cuda", "triton", "cpp")
 NAMES = (*BACKENDS, "auto")
+_TRITON = (3, 6)  # the oldest that compiles the kernels
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,20 @@ def not_ready(name: str) -> str | None:
             )
         if name == "cuda":
             return extension.cuda_driver_status()
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton":
+        return _triton_not_ready()
+    return None
+
+
+def _triton_not_ready() -> str | None:
+    if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton`"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no GPU; with TRITON_INTERPRET=1 Triton takes CPU tensors, slowly"
+    found: str = importlib.import_module("triton").__version__
+    if tuple(map(int, found.split(".")[:2])) < _TRITON:
+        needed = ".".join(map(str, _TRITON))
+        return f"Triton {found} is too old; {needed} or later comes with torch 2.11 or later"
     return None
 
 

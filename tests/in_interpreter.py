@@ -29,6 +29,8 @@ from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
 from fusedres.triton_kernels import _launch
 from fusedres.triton_kernels import conv_bn as host
 from fusedres.triton_kernels._launch import Launch
+from fusedres.triton_kernels.batch_norm import batch_norm_fwd
+from fusedres.triton_kernels.bn_relu_maxpool import bn_relu_maxpool_bwd, bn_relu_maxpool_fwd
 
 assert INTERPRETED, "run by test_triton.py"
 PLANS = ("fused", "split")
@@ -81,7 +83,7 @@ def test_a_small_resnet_equals_the_reference(
 def test_chunks_of_several_tiles(source: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments and sums merge over the tiles of a program, the last chunk being a short one."""
     monkeypatch.setattr(host, "MOST_PARTIALS", 2)
-    chain = Chain(source, (3, 6, 11, 9), 5, stride=stride, emit=stride == 1)
+    chain = Chain(source, (3, 6, 11, 9), 5, stride=stride, emit=stride == 1 or source == "tensor")
     with _launch.recording() as launches:
         check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
     by_name = {launch.name: launch.arguments() for launch in launches}
@@ -164,6 +166,79 @@ def test_dw_takes_any_strides_of_its_parameter() -> None:
     for name, truth in eager.items():
         torch.testing.assert_close(ours[name], truth, rtol=1e-10, atol=1e-10, msg=name)
     assert ours["gradient of w"].stride() == t["w"].stride()
+
+
+def test_rounded_activations_decide_ties_of_the_pool() -> None:
+    """Windows whose activations are equal after rounding only: the first of them wins."""
+    y = (torch.randn(2, 5, 8, 7) * 4).half().contiguous(memory_format=CHANNELS_LAST)
+    mean, scale, bias = torch.zeros(5), torch.full((5,), 2.0**-6), torch.full((5,), 64.0)
+    for window in ((3, 2, 1), (3, 2, 0), (2, 2, 0), (4, 1, 2)):
+        a = (y.float() * 2.0**-6 + 64).half().contiguous(memory_format=CHANNELS_LAST)
+        pooled = F.max_pool2d(a.requires_grad_(), *window)
+        grad = torch.randint(1, 9, pooled.shape).half().contiguous(memory_format=CHANNELS_LAST)
+        ours = bn_relu_maxpool_fwd(y, mean, scale, bias, *window)
+        assert torch.equal(ours, pooled)
+        g, _ = bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *window)
+        assert torch.equal(g, torch.autograd.grad(pooled, a, grad)[0]), window
+
+
+def test_eps_and_momentum_keep_their_digits() -> None:
+    """Triton takes a float as fp32; neither 0.1 nor 0.3 is one."""
+    y = torch.randn(3, 4, 5, 5, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST)
+    ours, plain = ([torch.zeros(4).double(), torch.ones(4).double()] for _ in range(2))
+    _, _, rstd, *_ = batch_norm_fwd(y, None, None, *ours, True, 0.3, 0.1)
+    F.batch_norm(y, *plain, training=True, momentum=0.3)
+    torch.testing.assert_close(ours, plain, rtol=1e-14, atol=1e-14)
+    truth = torch.rsqrt(y.var((0, 2, 3), correction=0) + 0.1)
+    torch.testing.assert_close(rstd, truth, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_statistics_are_of_the_rounded_output(plan: str) -> None:
+    x = torch.randn(4, 8, 9, 9).half().contiguous(memory_format=CHANNELS_LAST)
+    with use_backend("triton"), use_plan(plan):
+        d = fusedres.ops.conv_bn(x, torch.randn(6, 8, 1, 1).half())
+    torch.testing.assert_close(d.mean.double(), d.y.double().mean((0, 2, 3)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_activation_that_rounds_to_zero_masks_its_gradient(plan: str) -> None:
+    """Below fp16's smallest number the activation is zero, whatever its sign was in fp32."""
+    t = Chain("none", (2, 8, 4, 4), 6).inputs(Maker(torch.float16, CHANNELS_LAST))
+    x, vectors = t["x"].detach().abs() + 1, (torch.zeros(8), torch.full((8,), 1e-9), torch.zeros(8))
+    y = torch.randn(2, 6, 4, 4).half().contiguous(memory_format=CHANNELS_LAST)
+    g_in, sums, *_ = torch.ops.fusedres.conv_bn_bwd(
+        x, *vectors, *(None,) * 4, True, t["w"].detach(), None, (1, 1), (0, 0, 0, 0), (1, 1), 1,
+        None, torch.randn_like(y), torch.zeros(2, 6), None, y, torch.zeros(6), torch.ones(6),
+        torch.ones(6), True, True, True, None, None, "triton", plan,
+    )  # fmt: skip
+    assert not g_in.any() and not sums.any()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_sums_are_of_the_rounded_gradient(plan: str) -> None:
+    """Of a gradient that fp16 rounds by much more than sums in fp32 do."""
+    t = Chain("none", (4, 8, 9, 9), 6).inputs(Maker(torch.float16, CHANNELS_LAST))
+    vectors = (torch.zeros(8), torch.ones(8), torch.zeros(8))
+    none, y = (None,) * 4, torch.randn(4, 6, 9, 9).half().contiguous(memory_format=CHANNELS_LAST)
+    g_in, sums, *_ = torch.ops.fusedres.conv_bn_bwd(
+        t["x"].detach(), *vectors, *none, True, t["w"].detach(), None, (1, 1), (0, 0, 0, 0), (1, 1),
+        1, None, torch.randn_like(y), torch.zeros(2, 6), None, y, torch.zeros(6), torch.ones(6),
+        torch.ones(6), True, True, True, None, None, "triton", plan,
+    )  # fmt: skip
+    wide, x = g_in.double(), t["x"].detach().double()
+    truth = torch.stack([wide.sum((0, 2, 3)), (wide * x).sum((0, 2, 3))])
+    torch.testing.assert_close(sums.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_changed_between_forward_and_backward_is_refused() -> None:
+    t = Chain("tensor").inputs(Maker(torch.float32))
+    with use_backend("triton"), use_plan("fused"):
+        value = Chain("tensor").ours(t)["value"]
+    with torch.no_grad():
+        t["w"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
 
 
 # --- launches -------------------------------------------------------------------------------------

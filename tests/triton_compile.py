@@ -42,7 +42,7 @@ class Device(NamedTuple):
 
 DEVICES = {
     "sm_80": Device("cuda", 80, 32, 166912, 167936, 65536, r"\bHMMA"),
-    "sm_90": Device("cuda", 90, 32, 232448, 233472, 65536, r"\bHGMMA"),
+    "sm_90": Device("cuda", 90, 32, 232448, 233472, 65536, r"\bHG?MMA"),
     "sm_100": Device("cuda", 100, 32, 232448, 233472, 65536, r"\bUTC\w*MMA"),
     "gfx942": Device("hip", "gfx942", 64, 65536, 65536, 0, r"v_mfma"),
 }
@@ -155,6 +155,7 @@ def resources(compiled: Any, device: Device, triton: types.ModuleType) -> dict[s
         "registers": int(usage.group(1)),
         "spills": int(usage.group(2)) + len(re.findall(r"\b(?:STL|LDL)\b", text)),
         "tensor_core": len(re.findall(device.tensor_core, text)),
+        "wgmma": len(re.findall(r"\bHGMMA", text)),
     }
 
 
@@ -171,6 +172,9 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
     half_gemm = row["kernel"] in GEMMS and row["dtype"] in ("bf16", "fp16")
     if half_gemm and not row["tensor_core"]:
         yield "no tensor-core instruction"
+    small = re.search(r"\b(BM|BN)(16|32)\b", row["variant"])
+    if half_gemm and row["target"] == "sm_90" and not small and not row["wgmma"]:
+        yield "no wgmma"
     if half_gemm and row["target"] == "sm_90" and row.get("programs", 2) < row.get("want", 1):
         yield f"{row['programs']} programs on a multiprocessor, {row['want']} wanted"
 

@@ -4,7 +4,7 @@ Nothing is computed and no GPU is needed: tensors are allocated and never touche
 the library return empty ones. Must run with TRITON_INTERPRET=1, where the triton backend takes CPU
 tensors; blocks are those of a GPU all the same.
 
-    TRITON_INTERPRET=1 python tests/triton_launches.py launches.json --targets sm_90 gfx942
+    TRITON_INTERPRET=1 python tests/triton_launches.py launches.json --targets sm_80 sm_90
 """
 
 from __future__ import annotations
@@ -140,18 +140,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path)
     parser.add_argument("--targets", nargs="+", default=["sm_90"])
-    parser.add_argument("--only", choices=["resnet50"], help="leave out what only others launch")
+    parser.add_argument(
+        "--rare", nargs="+", default=[], help="targets that get what no ResNet-50 launches too"
+    )
     options = parser.parse_args()
     lists = {}
     for target in options.targets:
         with dry(target) as launches:
             model_step(256, 224)
-            if options.only is None:
+            if target in options.rare:
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
                 with fusedres.use_plan("fused"):
                     rare_variants(torch.float32)
         lists[target] = unique(launches)
+    options.path.parent.mkdir(parents=True, exist_ok=True)
     options.path.write_text(json.dumps(lists, indent=1))
     print({target: len(listed) for target, listed in lists.items()})
 

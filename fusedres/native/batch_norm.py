@@ -58,8 +58,7 @@ def batch_norm_bwd(
     weight_dtype: torch.dtype | None,  # of dweight; None: there is none
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy = scale*g + c0 + c1*(y - mean), [N, C, H, W], c0 = c1 = 0 unless training; dweight, dbias.
-    """
+    """dy = scale*g + c0 + c1*(y - mean) with c0 = c1 = 0 unless training, dweight and dbias."""
     per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
     dy = like(y)

@@ -13,7 +13,7 @@ from fusedres._conv import Conv, Source, output_shape
 from fusedres._plan_table import Shape, device_name
 from fusedres._tensors import INTERPRETED, stat_dtype
 from fusedres.triton_kernels._args import acc, check, described, like, rows
-from fusedres.triton_kernels._configs import MOST_PARTIALS, Config, arch_of, config_of
+from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import launch, multiprocessors
 from fusedres.triton_kernels.batch_norm import (
     batch_norm_bwd,
@@ -53,11 +53,11 @@ def conv_bn_fwd(
     channels, m = x.size(1), rows(y)
     residual = _residual_kind(source)
     config = _config("fwd", x, weight, conv, m, residual)
-    tiles, chunks = _chunks(m, config)
+    tiles, chunks = _chunks(m, config, x.device)
     part = _partials(y, chunks, 2, out[1]) if training and m > 0 else None
     launch(
         conv_bn_fwd_kernel,
-        (_cdiv(out[1], config.BN), chunks),
+        (_cdiv(out[1], config.BN) * chunks,),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
         source.res_scale, source.res_bias, weight, y, a, part,
         m, channels, out[1], x.size(2), x.size(3), out[2], out[3], tiles,
@@ -116,13 +116,13 @@ def conv_bn_bwd(
         g_in = like(x)
         mask = 0 if not (norm and source.relu) else 2 if a is None else 1
         config = _config("dgrad", x, weight, conv, rows(y), kind)
-        tiles, chunks = _chunks(rows(y), config)
+        tiles, chunks = _chunks(rows(y), config, x.device)
         if norm:
             in_sums, res_sums = empty(2, channels), empty(2, channels) if kind == 2 else None
             part = empty(chunks, 3 if kind == 2 else 2, channels)
         launch(
             conv_bn_dgrad_kernel,
-            (_cdiv(channels, config.BN), chunks),
+            (_cdiv(channels, config.BN) * chunks,),
             g, y if training else None, mean, scale, rstd, sums, weight, grad_a, a,
             x if norm else None, source.mean, source.scale,
             source.bias, source.residual, source.res_mean, source.res_scale, source.res_bias,
@@ -202,9 +202,15 @@ def _config(kernel: str, x: Tensor, weight: Tensor, conv: Conv, m: int, residual
     return config_of(kernel, device_name(x.device), x.dtype, shape, residual, arch_of(x.device))
 
 
-def _chunks(m: int, config: Config) -> tuple[int, int]:
-    """Tiles of rows in a chunk, and chunks."""
+def _chunks(m: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Tiles of rows in a chunk, and chunks.
+
+    On HIP a tile each: its barrier orders local memory alone, and a program's tiles meet in global
+    memory.
+    """
     tiles = max(1, _cdiv(_cdiv(m, config.BM), MOST_PARTIALS))
+    if arch_of(device) == HIP:
+        tiles = 1
     return tiles, _cdiv(m, tiles * config.BM)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from fusedres.triton_kernels.device.reduction import merge_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles"])
 def batch_norm_stats_kernel(
     y_ptr,  # [M, C]
     part_ptr,  # [chunks, 2, C] ACC: mean, M2
@@ -68,7 +68,7 @@ def moved(running, new, momentum):
     return tl.where(tl.abs(momentum) < 0.5, near, new - step * (1.0 - momentum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "rows_per_part", "M"])
 def batch_norm_finish_kernel(
     part_ptr,  # [R, 2, C] ACC: mean and M2 of rows [r*rows_per_part, (r + 1)*rows_per_part)
     weight_ptr,  # [C] of any dtype or None, as are the next three
@@ -163,7 +163,7 @@ def batch_norm_finish_kernel(
     tl.store(bias_ptr + cols, bias, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def batch_norm_bwd_kernel(
     g_ptr,  # [M, C], as is the next
     y_ptr,

@@ -19,7 +19,7 @@ import triton.language as tl
 from fusedres.triton_kernels.device.activation import masked, normalized, relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def bn_act_fwd_kernel(
     y_ptr,  # [M, C]
     mean_ptr,  # [C] ACC, as are the next two
@@ -70,7 +70,7 @@ def bn_act_fwd_kernel(
     tl.store(a_ptr + base + at, u.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles"])
 def bn_act_bwd_kernel(
     grad_ptr,  # [M, C], as are the next two
     extra_ptr,

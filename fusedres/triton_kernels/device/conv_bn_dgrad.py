@@ -68,8 +68,9 @@ def conv_bn_dgrad_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    pn = tl.program_id(0)
-    chunk = tl.program_id(1)
+    across = tl.cdiv(C, BN)
+    pn = tl.program_id(0) % across
+    chunk = tl.program_id(0) // across
     cols = pn * BN + tl.arange(0, BN)
     inside = cols < C
     written = tl.where(pn == 0, K, 0)  # columns of dy that this program stores

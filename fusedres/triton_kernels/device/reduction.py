@@ -1,7 +1,8 @@
 """Per-channel reductions in two stages, both in a fixed order.
 
-First stage: a program covers a chunk of `tiles` tiles of rows and keeps one row of partial results
-in memory, merging tile after tile. Second stage: a few programs merge at most some 1,024 such rows.
+First stage: a program covers a chunk of `tiles` tiles of rows and writes a row of partial results.
+A GEMM keeps that row in memory between tiles: in registers, beside its accumulators, it spills.
+Second stage: a few programs merge at most some 1,024 such rows.
 """
 
 import triton
@@ -61,7 +62,7 @@ def merge_rows(mean, m2, count, total, pivot):
     return pivot + shift, tl.sum(m2 + off * off * count, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def sum_rows_kernel(
     part_ptr,  # [R, SUMS, C] ACC
     sums_ptr,  # [2, C] ACC: sums 0 and 1
