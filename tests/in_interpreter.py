@@ -365,7 +365,19 @@ def _stated(launch: Launch) -> float:
         reads, writes = m * c, 0
     elif launch.name == "batch_norm_bwd_kernel":
         reads, writes = 2 * m * c, m * c
+    elif launch.name == "bn_relu_maxpool_fwd_kernel":
+        reads, writes = v["y_ptr"].numel(), m * c
+    elif launch.name == "bn_relu_maxpool_bwd_kernel":
+        pooled = v["y_ptr"].size(0) * v["OH"] * v["OW"] * c
+        reads, writes = v["y_ptr"].numel() + pooled, v["y_ptr"].numel()
+    elif launch.name.startswith("add_relu"):
+        reads, writes = 2 * v["numel"], v["numel"]
     else:
+        assert launch.name in (
+            "batch_norm_finish_kernel",
+            "conv_bn_finish_kernel",
+            "sum_rows_kernel",
+        )
         return 0
     return (reads + writes) * size
 
@@ -375,6 +387,8 @@ def test_bytes_of_each_kernel_and_of_a_step(capsys: pytest.CaptureFixture[str]) 
     batch = 8
     with dry() as launches:
         model_step(batch, 224)
+        x = torch.empty(2, 8, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+        fusedres.add_relu(x, x).backward(x.detach())
     total: collections.Counter[str] = collections.Counter()
     for launch in launches:
         total[launch.name] += _moved(launch)
@@ -387,6 +401,17 @@ def test_bytes_of_each_kernel_and_of_a_step(capsys: pytest.CaptureFixture[str]) 
                 print(f"  {moved / batch / 1e6:6.1f}  {name}")
         print(f"  {sum(total.values()) / batch / 1e6:6.1f}  in all, without the library's")
     assert sum(total.values()) / batch < 256e6  # what a change may not undo
+
+
+def test_fp32_products_follow_the_flag_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(2, 16, 8, 8, requires_grad=True)
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        with dry() as launches, use_plan("fused"):
+            d = fusedres.ops.conv_bn(x, torch.empty(16, 16, 1, 1, requires_grad=True))
+            d.value().backward(torch.empty_like(x))
+        gemms = [x.arguments() for x in launches if "PRECISION" in x.arguments()]
+        assert len(gemms) == 3 and {x["PRECISION"] for x in gemms} == {precision}
 
 
 # --- plans and weights ----------------------------------------------------------------------------

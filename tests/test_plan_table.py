@@ -1,0 +1,130 @@
+"""Plans and configurations are data: the shipped table, entries that decide, and malformed ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import Any
+
+import pytest
+import torch
+
+from fusedres import _plan_table, backends, use_plan
+from fusedres._conv import Conv
+from fusedres._plan_table import Shape, lookup
+from fusedres.backends import Choice, plan_of
+
+POINTWISE = Conv((1, 1), (0, 0, 0, 0), (1, 1), 1)
+ENTRY = {
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "in_channels": 64,
+    "out_channels": 256,
+    "kernel": [1, 1],
+    "stride": [1, 1],
+}
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Puts entries in the place of the shipped ones."""
+
+    def put(*entries: dict[str, Any]) -> None:
+        monkeypatch.setattr(_plan_table, "entries", lambda: list(entries))
+        lookup.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    lookup.cache_clear()
+
+
+def plan(dtype: torch.dtype = torch.bfloat16, rows: int | None = None, **changes: Any) -> str:
+    conv = POINTWISE._replace(**{k: v for k, v in changes.items() if k in POINTWISE._fields})
+    weight = torch.empty(256, 64, *changes.get("kernel", (1, 1)))
+    shape = None if rows is None else (1, 256, 1, rows)
+    asked = changes.get("asked", "auto")
+    return plan_of(Choice("triton", asked, ""), dtype, weight, conv, shape)
+
+
+def test_the_shipped_table_is_well_formed() -> None:
+    _plan_table.entries.cache_clear()
+    assert isinstance(_plan_table.entries(), list)
+    table = json.loads(resources.files("fusedres").joinpath(_plan_table.PATH).read_text())
+    assert table["format"] == _plan_table.FORMAT
+
+
+def test_an_entry_decides_where_it_fits(table: Callable[..., None]) -> None:
+    assert plan() == "fused"  # the heuristic
+    table(ENTRY | {"plan": "split"})
+    assert plan() == "split"
+    assert plan(torch.float16) == "fused" and plan(stride=(2, 2)) == "fused"
+    assert plan(asked="fused") == "fused"  # by name, whatever the table says
+    table(ENTRY | {"plan": "split", "device": "NVIDIA H200"})
+    assert plan() == "fused"
+
+
+def test_rows_bound_an_entry_and_unknown_ones_count_as_many(table: Callable[..., None]) -> None:
+    table(ENTRY | {"rows": [0, 999], "plan": "split"}, ENTRY | {"rows": [1000, None]})
+    assert [plan(rows=r) for r in (1, 999, 1000)] == ["split", "split", "fused"]
+    assert plan(rows=None) == "fused"
+
+
+def test_the_heuristic_follows_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plans = {d: plan(d) for d in (torch.float16, torch.float32, torch.float64)}
+    assert plans == {torch.float16: "fused", torch.float32: "split", torch.float64: "split"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert plan(torch.float32) == "fused" and plan(torch.float64) == "split"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel": (3, 3)},
+        {"kernel": (1, 2)},
+        {"padding": (1, 1, 1, 1)},
+        {"groups": 2},
+        {"stride": (3, 3)},
+    ],
+)
+def test_what_has_no_kernel_is_split_whatever_is_asked(changes: dict[str, Any]) -> None:
+    assert plan(asked="fused", **changes) == plan(**changes) == "split"
+
+
+def test_a_backend_without_a_fused_plan_raises() -> None:
+    x, w = torch.randn(2, 4, 3, 3), torch.randn(4, 4, 1, 1)
+    with use_plan("fused"), pytest.raises(RuntimeError, match="has no 'fused' plan"):
+        from fusedres.ops import conv_bn
+
+        conv_bn(x, w)
+    assert "fused" in backends.BACKENDS["triton"].plans
+
+
+def test_an_entry_configures_kernels(table: Callable[..., None]) -> None:
+    pytest.importorskip("triton")
+    from fusedres.triton_kernels._configs import Config, config_of
+
+    config = {"BM": 64, "BN": 32, "BK": 16, "num_warps": 2, "num_stages": 5}
+    table(ENTRY | {"configs": {"dgrad": config}})
+    config_of.cache_clear()
+    shape = Shape(64, 256, (1, 1), (1, 1), 4096)
+    assert config_of("dgrad", "cpu", torch.bfloat16, shape, 0, 90) == Config(**config)
+    assert config_of("fwd", "cpu", torch.bfloat16, shape, 0, 90) != Config(**config)
+    config_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"plan": "fast"}, "plan must be"),
+        ({"configs": {"bwd": {}}}, "configs are of"),
+        ({"speed": 1}, "an entry has"),
+    ],
+)
+def test_malformed_entries_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _plan_table._check(ENTRY | changes)
+    with pytest.raises(ValueError, match="an entry has"):
+        _plan_table._check({k: v for k, v in ENTRY.items() if k != "kernel"})
