@@ -228,6 +228,42 @@ def test_half_precision_and_inference_modes() -> None:
     torch.testing.assert_close(model(x), out.clone(), rtol=0, atol=0)
 
 
+def test_a_network_made_in_inference_mode_runs_under_autocast() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        out = fusedres.resnet18(3).eval()(x)
+    torch.manual_seed(0)
+    model = fusedres.resnet18(3).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), out)
+
+
+def test_autocast_casts_a_changed_weight_anew() -> None:
+    """In the next forward, and within one where a hook changes it."""
+    model, x = fusedres.resnet18(3).eval(), torch.randn(1, 3, 32, 32)
+    last = model.layer4[1].conv2.weight  # type: ignore[index, union-attr]
+
+    def run() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    before = run()
+    with torch.no_grad():
+        last.mul_(2)
+    after = run()
+    assert not torch.equal(before, after)
+    with torch.no_grad():
+        last.div_(2)
+
+    def double(*_: object) -> None:
+        with torch.no_grad():
+            last.mul_(2)
+
+    with model.layer1.register_forward_hook(double):  # type: ignore[union-attr]
+        assert torch.equal(run(), after)
+
+
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_compiles_without_a_graph_break(backend: str) -> None:
     model = fusedres.resnet18(4)

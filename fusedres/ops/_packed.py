@@ -29,7 +29,7 @@ class PackedWeights:
         ]
         torch._foreach_copy_(views, list(weights))
         self._casts = {
-            w.data_ptr(): (w, w._version, v) for w, v in zip(weights, views, strict=True)
+            w.data_ptr(): (w, _version(w), v) for w, v in zip(weights, views, strict=True)
         }
 
     def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -39,7 +39,7 @@ class PackedWeights:
             return None
         source, version, cast = packed
         same = (source.shape, source.stride(), source.dtype, version, cast.dtype)
-        asked = (weight.shape, weight.stride(), weight.dtype, weight._version, dtype)
+        asked = (weight.shape, weight.stride(), weight.dtype, _version(weight), dtype)
         return cast if same == asked else None
 
 
@@ -49,7 +49,7 @@ _scope: ContextVar[PackedWeights | None] = ContextVar("fusedres_packed", default
 @contextlib.contextmanager
 def packing(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Casts the dense weights that are not of `dtype`, for the convolutions within the block."""
-    others = [w.detach() for w in weights if w.dtype != dtype and _is_dense(w)]
+    others = [w.detach() for w in weights if w.dtype != dtype and _is_plain(w)]
     token = _scope.set(PackedWeights(others, dtype) if others else None)
     try:
         yield
@@ -57,8 +57,15 @@ def packing(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
         _scope.reset(token)
 
 
-def _is_dense(w: Tensor) -> bool:
+def _is_plain(w: Tensor) -> bool:
+    if type(w) not in (Tensor, torch.nn.Parameter):
+        return False  # a subclass casts as it sees fit
     return w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
+
+
+def _version(w: Tensor) -> int:
+    """Counts changes in place; inference tensors have no counter, nor a backward to mislead."""
+    return 0 if w.is_inference() else w._version
 
 
 def packed_weights() -> PackedWeights | None:
