@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from plain_resnet import VARIANTS, PlainResNet50
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres import FusedResNet50, report, use_backend
 from fusedres.nn.blocks import FusedModule
+from fusedres.nn.blocks import unfuse_in_place as unfuse
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, assert_three_way, serving_backends
 
 BACKENDS = serving_backends()
@@ -237,6 +239,31 @@ def test_a_network_made_in_inference_mode_runs_under_autocast() -> None:
     model = fusedres.resnet18(3).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(x), out)
+
+
+def test_only_weights_that_are_fused_are_cast_together() -> None:
+    model, x = fusedres.resnet18(3).eval(), torch.randn(1, 3, 32, 32)
+    fused = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    first = model.layer1[0]  # type: ignore[index]
+    counts = []
+    for change in (lambda: None, lambda: setattr(first, "fused", False), lambda: unfuse(model)):
+        change()
+        with PackedTogether() as cast, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(x)
+        counts.append(cast.elements)
+    plain = sum(m.weight.numel() for m in first.modules() if isinstance(m, nn.Conv2d))
+    assert counts == [fused, fused - plain, 0]
+
+
+class PackedTogether(TorchDispatchMode):
+    """Counts the elements that a multi-tensor copy casts."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "aten::_foreach_copy_":
+            self.elements += sum(t.numel() for t in args[1])
+        return func(*args, **(kwargs or {}))
 
 
 def test_autocast_casts_a_changed_weight_anew() -> None:

@@ -19,10 +19,11 @@ from fusedres.nn.blocks import (
     Stage,
     as_tensor,
     call,
+    packed,
     takes_deferred,
 )
 from fusedres.nn.init import Initializer, resolve
-from fusedres.nn.layers import apply_conv_bn, packed, plain_reason
+from fusedres.nn.layers import apply_conv_bn, plain_reason
 from fusedres.ops import bn_relu_maxpool
 
 

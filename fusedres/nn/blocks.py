@@ -7,6 +7,7 @@ a block or a stage, a foreign module or a forward of one's own turns it into a T
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedres import backends
 from fusedres._tensors import memory_format_of, stored_format
 from fusedres.deferred import Deferred
 from fusedres.nn.init import Initializer, resolve
 from fusedres.nn.layers import apply_conv_bn, has_hooks, is_untouched, plain_reason, same_padding
+from fusedres.ops._contract import autocast_on, compute_dtype, exporting
+from fusedres.ops._packed import packing
 
 
 def as_tensor(x: Tensor | Deferred) -> Tensor:
@@ -392,6 +396,22 @@ def call(module: nn.Module, x: Tensor | Deferred, *, defer: bool) -> Tensor | De
     if takes_deferred(module):
         return module(x, defer=defer)
     return module(as_tensor(x))
+
+
+def packed(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """A scope in which autocast's casts of the weights that a model fuses are made at once.
+
+    Nothing where autocast is off or a graph is recorded: there each convolution casts its own.
+    """
+    recorded = not isinstance(x, Tensor) or torch.compiler.is_compiling() or exporting()
+    if recorded or not autocast_on(x):
+        return contextlib.nullcontext()
+    dtype = compute_dtype(x)
+    if backends.choose("conv_bn", x.device.type, dtype).backend == "reference":
+        return contextlib.nullcontext()
+    fused = [m for m in model.modules() if isinstance(m, FusedModule) and not m.plain_reason()]
+    weights = [conv.weight for m in fused for _, conv, _, _ in m.units()]
+    return packing(weights, dtype)  # type: ignore[arg-type]
 
 
 def unfuse_in_place(model: nn.Module) -> nn.Module:

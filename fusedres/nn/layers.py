@@ -4,18 +4,14 @@ fuse.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fusedres import backends
 from fusedres.deferred import Deferred
 from fusedres.ops import conv_bn
-from fusedres.ops._contract import autocast_on, compute_dtype, exporting
-from fusedres.ops._packed import packing
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
@@ -74,19 +70,6 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
         return same_padding(taps)
     height, width = conv.padding
     return height, height, width, width
-
-
-def packed(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """A scope in which autocast's casts of all weights of a model's convolutions are made at once.
-
-    Nothing where autocast is off or a graph is recorded: there each convolution casts its own.
-    """
-    if torch.compiler.is_compiling() or exporting() or not autocast_on(x):
-        return contextlib.nullcontext()
-    dtype = compute_dtype(x)
-    if backends.choose("conv_bn", x.device.type, dtype).backend == "reference":
-        return contextlib.nullcontext()
-    return packing([m.weight for m in model.modules() if type(m) is nn.Conv2d], dtype)
 
 
 @overload
