@@ -18,6 +18,7 @@ PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
 _KERNELS = {"fwd", "dgrad", "wgrad"}
+_FIELDS = {"BM", "BN", "BK", "num_warps", "num_stages"}
 
 
 class Shape(NamedTuple):
@@ -30,13 +31,18 @@ class Shape(NamedTuple):
     rows: int | None = None  # N*OH*OW of the output; None: not known yet, taken as large
 
 
-@cache
+@torch.compiler.assume_constant_result
 def entries() -> list[dict[str, Any]]:
     """All entries, checked.
 
     Raises:
         ValueError: the table is of another format, or an entry is malformed.
     """
+    return _read()
+
+
+@cache
+def _read() -> list[dict[str, Any]]:
     table = json.loads(resources.files("fusedres").joinpath(PATH).read_text())
     if table.get("format") != FORMAT:
         raise ValueError(f"{PATH}: format must be {FORMAT}, got {table.get('format')!r}")
@@ -55,8 +61,14 @@ def _check(entry: dict[str, Any]) -> None:
         raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
     if entry.get("plan", "split") not in ("fused", "split"):
         raise ValueError(f"{PATH}: plan must be 'fused' or 'split', got {entry['plan']!r}")
-    if not set(entry.get("configs", {})) <= _KERNELS:
-        raise ValueError(f"{PATH}: configs are of {sorted(_KERNELS)}, got {entry['configs']!r}")
+    configs = entry.get("configs", {})
+    if not set(configs) <= _KERNELS or any(set(c) != _FIELDS for c in configs.values()):
+        raise ValueError(
+            f"{PATH}: configs are of {sorted(_KERNELS)} with {sorted(_FIELDS)}, got {configs!r}"
+        )
+    rows = entry.get("rows", [0, None])
+    if len(rows) != 2 or not isinstance(rows[0], int) or not isinstance(rows[1], int | None):
+        raise ValueError(f"{PATH}: rows must be [least, most or null], got {rows!r}")
 
 
 @cache
@@ -76,7 +88,12 @@ def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | No
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def device_name(device: torch.device) -> str:
     """The name under which the table knows a device: "cpu", or the GPU's."""
+    return _device_name(device)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -41,6 +41,16 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if on_gpu else stored_format(x)
 
 
+@torch.compiler.assume_constant_result
+def conv_allows_tf32() -> bool:
+    """Whether torch's convolutions may compute fp32 products in TF32, by its new or old setting."""
+    for holder in (getattr(torch.backends.cudnn, "conv", None), torch.backends.cudnn):
+        precision = getattr(holder, "fp32_precision", "none")
+        if precision != "none":  # which inherits
+            return precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
 def per_channel(v: Tensor) -> Tensor:
     """A [C] vector as [1, C, 1, 1], ready to broadcast against [N, C, H, W]."""
     return v.view(1, -1, 1, 1)

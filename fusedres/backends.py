@@ -22,7 +22,7 @@ from torch import Tensor
 from fusedres import _plan_table
 from fusedres._conv import Conv
 from fusedres._plan_table import Shape
-from fusedres._tensors import INTERPRETED
+from fusedres._tensors import INTERPRETED, conv_allows_tf32
 
 OPS = ("conv_bn", "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
 PLANS = ("auto", "fused", "split")
@@ -69,6 +69,7 @@ BACKENDS = {
 _AUTO_ORDER = ("cuda", "cpp") if INTERPRETED else ("cuda", "triton", "cpp")
 NAMES = (*BACKENDS, "auto")
 _TRITON = (3, 6)  # the oldest that compiles the kernels
+_CAPABILITY = (8, 0)  # below, bf16 has no tensor cores
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,12 @@ def _triton_not_ready() -> str | None:
         return "Triton is not installed; `pip install triton`"
     if not INTERPRETED and not torch.cuda.is_available():
         return "torch sees no GPU; with TRITON_INTERPRET=1 Triton takes CPU tensors, slowly"
+    if not INTERPRETED and torch.version.hip is None:
+        count = torch.cuda.device_count()
+        oldest = min((torch.cuda.get_device_capability(i), i) for i in range(count))
+        if oldest[0] < _CAPABILITY:
+            name = torch.cuda.get_device_name(oldest[1])
+            return f"{name} has compute capability {oldest[0]}, the kernels need {_CAPABILITY}"
     found: str = importlib.import_module("triton").__version__
     if tuple(map(int, found.split(".")[:2])) < _TRITON:
         needed = ".".join(map(str, _TRITON))
@@ -257,7 +264,7 @@ def plan_of(
 def _likely_plan(dtype: torch.dtype) -> str:
     """By bytes moved the fused plan; but only where tensor cores serve Triton's products."""
     half = dtype in (torch.float16, torch.bfloat16)
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = dtype == torch.float32 and conv_allows_tf32()
     return "fused" if half or tf32 else "split"
 
 

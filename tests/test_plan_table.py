@@ -48,7 +48,7 @@ def plan(dtype: torch.dtype = torch.bfloat16, rows: int | None = None, **changes
 
 
 def test_the_shipped_table_is_well_formed() -> None:
-    _plan_table.entries.cache_clear()
+    _plan_table._read.cache_clear()
     assert isinstance(_plan_table.entries(), list)
     table = json.loads(resources.files("fusedres").joinpath(_plan_table.PATH).read_text())
     assert table["format"] == _plan_table.FORMAT
@@ -120,6 +120,9 @@ def test_an_entry_configures_kernels(table: Callable[..., None]) -> None:
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"plan": "fast"}, "plan must be"),
         ({"configs": {"bwd": {}}}, "configs are of"),
+        ({"configs": {"fwd": {"BM": 64}}}, "configs are of.*num_warps"),
+        ({"rows": [1]}, "rows must be"),
+        ({"rows": [1, "many"]}, "rows must be"),
         ({"speed": 1}, "an entry has"),
     ],
 )

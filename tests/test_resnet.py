@@ -5,8 +5,11 @@ compile, export.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ import fusedres
 from fusedres import FusedResNet50, report, use_backend
 from fusedres.nn.blocks import FusedModule
 from fusedres.nn.blocks import unfuse_in_place as unfuse
+from fusedres.ops import _packed
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, assert_three_way, serving_backends
 
 BACKENDS = serving_backends()
@@ -264,6 +268,36 @@ class PackedTogether(TorchDispatchMode):
         if func.name() == "aten::_foreach_copy_":
             self.elements += sum(t.numel() for t in args[1])
         return func(*args, **(kwargs or {}))
+
+
+def test_casts_are_freed_by_backward() -> None:
+    """A loss that is kept for the log keeps no weights."""
+    model, x = fusedres.resnet18(3), torch.randn(2, 3, 32, 32)
+    views = []
+    get = _packed.PackedWeights.get
+
+    def seen(self: _packed.PackedWeights, *args: Any) -> Tensor | None:
+        cast = get(self, *args)
+        views.append(weakref.ref(cast))
+        return cast
+
+    with (
+        mock.patch.object(_packed.PackedWeights, "get", seen),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        loss = model(x).sum()
+    loss.backward()
+    gc.collect()
+    assert len(views) == 20 and not any(view() is not None for view in views)
+
+
+def test_statistics_that_cannot_move_are_refused_before_anything_does() -> None:
+    with torch.inference_mode():
+        model = fusedres.IdentityBlock(8, (4, 4, 8))
+    before = model.bn1.running_mean.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="running_mean was made in"):
+        model(torch.randn(2, 8, 4, 4))
+    assert torch.equal(model.bn1.running_mean, before)
 
 
 def test_autocast_casts_a_changed_weight_anew() -> None:

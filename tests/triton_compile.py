@@ -44,6 +44,7 @@ DEVICES = {
     "sm_80": Device("cuda", 80, 32, 166912, 167936, 65536, r"\bHMMA"),
     "sm_90": Device("cuda", 90, 32, 232448, 233472, 65536, r"\bHG?MMA"),
     "sm_100": Device("cuda", 100, 32, 232448, 233472, 65536, r"\bUTC\w*MMA"),
+    "sm_120": Device("cuda", 120, 32, 101376, 102400, 65536, r"\bHMMA"),
     "gfx942": Device("hip", "gfx942", 64, 65536, 65536, 0, r"v_mfma"),
 }
 GEMMS = ("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel", "conv_bn_wgrad_kernel")

@@ -411,7 +411,7 @@ def packed(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[Non
         return contextlib.nullcontext()
     fused = [m for m in model.modules() if isinstance(m, FusedModule) and not m.plain_reason()]
     weights = [conv.weight for m in fused for _, conv, _, _ in m.units()]
-    return packing(weights, dtype)  # type: ignore[arg-type]
+    return packing(weights, dtype, x.device)  # type: ignore[arg-type]
 
 
 def unfuse_in_place(model: nn.Module) -> nn.Module:

@@ -40,10 +40,8 @@ class Report(list[Row]):
         return "\n".join([*lines, f"{fused} of {len(self)} layers fused"])
 
 
-def _plan(choice: backends.Choice, conv: nn.Module, weight: Tensor, dtype: torch.dtype) -> str:
+def _plan(choice: backends.Choice, conv: nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> str:
     """The plan of a convolution whose input is not known yet: taken as large."""
-    if not isinstance(conv, nn.Conv2d):
-        return choice.plan
     stride, dilation = (tuple(p) for p in (conv.stride, conv.dilation))
     geometry = Conv(stride, padding_of(conv), dilation, conv.groups)  # type: ignore[arg-type]
     return backends.plan_of(choice, dtype, weight, geometry)
@@ -85,6 +83,7 @@ def report(model: nn.Module) -> Report:
                 continue
             dtype = compute_dtype(weight)
             choice = backends.choose("conv_bn", weight.device.type, dtype)
+            assert isinstance(conv, nn.Conv2d)  # else there is a reason
             plan = _plan(choice, conv, weight, dtype)
             runs = "plain" if choice.backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))

@@ -116,6 +116,10 @@ def check_batch_norm(
     for name, running in (("running_mean", mean), ("running_var", var)):
         if running is not None and training and running.numel() > 1 and running.stride(0) == 0:
             raise ValueError(f"{op}: {name} is expanded, it cannot be moved in place; clone it")
+        if running is not None and training and _cannot_move(running):
+            raise RuntimeError(
+                f"{op}: {name} was made in inference mode and cannot be moved outside; clone it"
+            )
     if not check_bool(op, "training", training) and mean is None:
         raise ValueError(f"{op}: training=False needs running_mean and running_var, got None")
     if isinstance(momentum, Tensor):
@@ -140,6 +144,12 @@ def check_batch_norm(
         momentum,
         float(eps),
     )
+
+
+def _cannot_move(running: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return running.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def check_deferred(op: str, name: str, d: Deferred) -> None:

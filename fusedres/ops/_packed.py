@@ -2,8 +2,8 @@
 
 Under autocast every convolution needs its fp32 parameter in a half type, forward and backward. A
 model opens `packing` around its forward: all of them are cast by one multi-tensor copy into one
-buffer. The buffer lives as long as the step's graph; there is no cache beyond it, so nothing can go
-stale under the replay of a CUDA graph.
+buffer. Nodes save their part of it, so it is freed with the last of them in backward; there is no
+cache beyond it, and nothing can go stale under the replay of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -38,8 +38,15 @@ class PackedWeights:
         if packed is None:
             return None
         source, version, cast = packed
-        same = (source.shape, source.stride(), source.dtype, version, cast.dtype)
-        asked = (weight.shape, weight.stride(), weight.dtype, _version(weight), dtype)
+        same = (source.device, source.shape, source.stride(), source.dtype, version, cast.dtype)
+        asked = (
+            weight.device,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            _version(weight),
+            dtype,
+        )
         return cast if same == asked else None
 
 
@@ -47,9 +54,14 @@ _scope: ContextVar[PackedWeights | None] = ContextVar("fusedres_packed", default
 
 
 @contextlib.contextmanager
-def packing(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Casts the dense weights that are not of `dtype`, for the convolutions within the block."""
-    others = [w.detach() for w in weights if w.dtype != dtype and _is_plain(w)]
+def packing(weights: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Casts weights of another dtype than `dtype`, for the convolutions within the block.
+
+    Those that are on another device, or not there yet (sharded), are left to their convolutions.
+    """
+    others = [
+        w.detach() for w in weights if w.dtype != dtype and w.device == device and _is_plain(w)
+    ]
     token = _scope.set(PackedWeights(others, dtype) if others else None)
     try:
         yield
@@ -60,6 +72,8 @@ def packing(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
 def _is_plain(w: Tensor) -> bool:
     if type(w) not in (Tensor, torch.nn.Parameter):
         return False  # a subclass casts as it sees fit
+    if w.untyped_storage().nbytes() < w.nbytes:
+        return False
     return w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
 
 

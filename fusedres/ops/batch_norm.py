@@ -48,9 +48,8 @@ def _fwd(
     kernel = backends.kernels(backend, "batch_norm").batch_norm_fwd
     running = (running_mean, running_var)
     norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
-    statistics = kernel(y, *norm)
-    moved(training, *running)
-    return statistics
+    moves(training, *running)
+    return kernel(y, *norm)
 
 
 def _bwd(
@@ -112,8 +111,8 @@ def normalization(
     return bn_weight, bn_bias, running_mean, running_var, training, amount, eps
 
 
-def moved(training: bool, *running: Tensor | None) -> None:
-    """Tells autograd that a kernel moved the running statistics in place."""
+def moves(training: bool, *running: Tensor | None) -> None:
+    """Tells autograd that a kernel is about to move the running statistics in place."""
     if training:
         torch.autograd.graph.increment_version([t for t in running if t is not None])
 

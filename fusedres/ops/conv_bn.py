@@ -23,7 +23,7 @@ from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
     dtype_of,
     momentum_arguments,
-    moved,
+    moves,
     normalization,
     present,
     statistics_fake,
@@ -122,6 +122,7 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     o = _Forward(*rest)
     norm = normalization(*o[1:9])
+    moves(o.training, o.running_mean, o.running_var)
     if o.plan == "fused":
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_fwd
         y, statistics, a = kernel(source, weight, conv, o.emit, *norm)
@@ -129,7 +130,6 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
         memory_format = memory_format_of(source.x)
         a, y = split.conv_bn_fwd(_light(o.backend), source, weight, conv, memory_format)
         statistics = backends.kernels(o.backend, "batch_norm").batch_norm_fwd(y, *norm)
-    moved(o.training, o.running_mean, o.running_var)
     return y, *statistics, a if o.emit else y.new_empty(0)
 
 
@@ -209,7 +209,7 @@ class ConvBNFunction(torch.autograd.Function):
 
     Saved: the input and its vectors; the activation if and only if it was emitted (the residual is
     then not saved); a Deferred residual's y and mean; own y, mean, scale, rstd; the weight as the
-    parameter holds it, never a low-precision copy of its own.
+    parameter holds it, and its cast only where the casts of a whole model share one buffer.
     """
 
     @staticmethod
@@ -235,11 +235,12 @@ class ConvBNFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         deferred = x_mean is not None
         source = (x, x_mean, x_scale, x_bias, residual, res_mean, res_scale, res_bias)
+        packed = None if config.packed is None else config.packed.get(weight, x.dtype)
         y, mean, _, rstd, scale, bias, a = torch.ops.fusedres.conv_bn_fwd(
             *source,
             config.relu,
             weight,
-            None if config.packed is None else config.packed.get(weight, x.dtype),
+            packed,
             *config.conv,
             config.emit and deferred,
             bn_weight,
@@ -275,12 +276,13 @@ class ConvBNFunction(torch.autograd.Function):
             mean,
             scale,
             rstd,
+            packed,
         )
         constant = [mean, scale, bias]
         if emitted is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[5]):
             constant.append(emitted)  # nothing in front of it wants the gradient
         ctx.mark_non_differentiable(*constant)
-        ctx.config = config
+        ctx.config = config._replace(packed=None)  # freed with what is saved, not with the node
         ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
         return y, mean.new_empty(2, mean.size(0)), mean, scale, bias, emitted
 
@@ -296,8 +298,9 @@ class ConvBNFunction(torch.autograd.Function):
         grad_a: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        weight = saved[8]  # stays as the parameter is stored: its gradient takes the same strides
-        *source, a, y, mean, scale, rstd = contract.stored_alike(*saved[:8], *saved[9:])
+        # as the parameter is stored, whose strides its gradient takes, and the cast beside it
+        weight, packed = saved[8], saved[-1]
+        *source, a, y, mean, scale, rstd = contract.stored_alike(*saved[:8], *saved[9:-1])
         config: _Config = ctx.config
         x, x_mean, _, _, _, res_mean, _, _ = source
         g, sums = upstream("conv_bn", g, sums, y)
@@ -311,7 +314,7 @@ class ConvBNFunction(torch.autograd.Function):
                 *source,
                 config.relu,
                 weight,
-                None if config.packed is None else config.packed.get(weight, x.dtype),
+                packed,
                 *config.conv,
                 a,
                 g,

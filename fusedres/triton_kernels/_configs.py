@@ -62,7 +62,7 @@ def rule(
     kernel: str, itemsize: int, in_channels: int, out_channels: int, residual: int, arch: int
 ) -> Config:
     """What is taken where nothing was measured."""
-    hopper = arch >= 90
+    wgmma = 90 <= arch < 120  # or its successor; consumer Blackwell has neither
     if itemsize == 8:
         return Config(32, 32, 16, 4, 1)
     if in_channels % 8 or out_channels % 8:  # element by element: no access is of 16 bytes
@@ -74,8 +74,8 @@ def rule(
     if kernel == "fwd":
         if out_channels <= 64:
             return Config(64, 64, 64, 4, 3) if residual else Config(128, 64, 64, 4, 3)
-        if not hopper:  # without wgmma the operands, too, live in registers
-            return Config(64, 64, 64, 4, 3) if residual else Config(64, 128, 32, 4, 3)
+        if not wgmma:  # the operands, too, live in registers
+            return Config(64, 64, 32, 4, 3) if residual else Config(64, 128, 32, 4, 3)
         if arch >= 100 and not residual:
             return Config(128, 128, 64, 8, 3)
         if in_channels <= 128 or residual:

@@ -33,7 +33,7 @@ def tile(channels: int, count: int, dtype: torch.dtype, loads: int) -> tuple[int
     per_thread = 2 if channels % 16 else loads * 16 // dtype.itemsize
     columns = min(channels & -channels, MOST_COLUMNS)
     if columns < 16:
-        columns = min(triton.next_power_of_2(channels), MOST_COLUMNS)
+        columns = min(triton.next_power_of_2(max(1, channels)), MOST_COLUMNS)
     block_rows = max(1, WARPS * 32 * per_thread // columns)
     if INTERPRETED:  # time goes by operations there, whatever their size; some tiles are to be left
         block_rows = max(block_rows, triton.next_power_of_2(triton.cdiv(count, 5)))

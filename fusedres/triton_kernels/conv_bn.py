@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedres._conv import Conv, Source, output_shape
 from fusedres._plan_table import Shape, device_name
-from fusedres._tensors import INTERPRETED, stat_dtype
+from fusedres._tensors import INTERPRETED, conv_allows_tf32, stat_dtype
 from fusedres.triton_kernels._args import acc, check, described, like, rows
 from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import launch, multiprocessors
@@ -62,7 +62,7 @@ def conv_bn_fwd(
         source.res_scale, source.res_bias, weight, y, a, part,
         m, channels, out[1], x.size(2), x.size(3), out[2], out[3], tiles,
         *conv.stride, source.mean is not None, residual, source.relu, emit, part is not None,
-        tiles > 1, _precision(), acc(x.dtype), channels % config.BK == 0,
+        tiles > 1, _precision(x.dtype), acc(x.dtype), channels % config.BK == 0,
         config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -103,7 +103,7 @@ def conv_bn_bwd(
         raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
     weight = weight.contiguous()
     geometry = (rows(y), channels, outs, x.size(2), x.size(3), y.size(2), y.size(3))
-    common = (_precision(), acc(x.dtype))
+    common = (_precision(x.dtype), acc(x.dtype))
     norm, kind = source.mean is not None, _residual_kind(source)
 
     def empty(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -228,9 +228,10 @@ def _partials(y: Tensor, chunks: int, kinds: int, channels: int) -> Tensor:
     return torch.empty(chunks, kinds, channels, dtype=stat_dtype(y.dtype), device=y.device)
 
 
-def _precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     """How fp32 products run: as torch's convolutions do."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 and not INTERPRETED else "ieee"
+    wide = dtype != torch.float32 or INTERPRETED or not conv_allows_tf32()
+    return "ieee" if wide else "tf32"
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -25,7 +25,7 @@ import triton.language as tl
 from fusedres.triton_kernels.device.activation import masked, normalized, relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def bn_relu_maxpool_fwd_kernel(
     y_ptr,  # [N*H*W, C]
     mean_ptr,  # [C] ACC, as are the next two
@@ -84,7 +84,7 @@ def bn_relu_maxpool_fwd_kernel(
     tl.store(p_ptr + row0 * C + local[:, None] * C + cols[None, :], p, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "CH", "CW", "tiles"])
 def bn_relu_maxpool_bwd_kernel(
     grad_ptr,  # [N*OH*OW, C]
     y_ptr,  # [N*H*W, C]

@@ -6,7 +6,7 @@ The activation is computed again on the way in, or x is one already (emitted, or
 is plain, as dgrad wrote it. The transpose keeps the transformed side on the left, where Hopper's
 tensor cores take it from registers, and dy on the right goes to shared memory untouched. The grid
 is (tiles of K, tiles of C, splits of M); every split writes a partial dw in ACC, and conv_bn_finish
-adds them up in order. Rows past M are loaded as zeros: dy's zero meets a finite value.
+adds them up in order. Rows past M are zeros on both sides.
 
 Bytes, elements a row: reads C of x (and of a residual) once a tile of K, K of dy once a tile of C;
 writes splits * K * C of ACC.
@@ -83,6 +83,7 @@ def conv_bn_wgrad_kernel(
                 if RESIDUAL == 2:
                     r = normalized(r, res_mean, res_scale, res_bias)
                 u += r
+            u *= valid.to(ACC)[None, :]  # rows past M: what is finite here may not be once rounded
             if RELU:
                 u = relu(u)
             a = u.to(x_ptr.dtype.element_ty)
