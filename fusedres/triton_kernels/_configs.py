@@ -63,6 +63,7 @@ def rule(
 ) -> Config:
     """What is taken where nothing was measured."""
     wgmma = 90 <= arch < 120  # or its successor; consumer Blackwell has neither
+    depth = 64 if wgmma else 32  # of operands that live in registers, beside the result
     if itemsize == 8:
         return Config(32, 32, 16, 4, 1)
     if in_channels % 8 or out_channels % 8:  # element by element: no access is of 16 bytes
@@ -73,9 +74,10 @@ def rule(
         return Config(64, 64, 64, 4, 2)
     if kernel == "fwd":
         if out_channels <= 64:
-            return Config(64, 64, 64, 4, 3) if residual else Config(128, 64, 64, 4, 3)
-        if not wgmma:  # the operands, too, live in registers
-            return Config(64, 64, 32, 4, 3) if residual else Config(64, 128, 32, 4, 3)
+            small = residual or arch >= 100
+            return Config(64, 64, depth, 4, 3) if small else Config(128, 64, 64, 4, 3)
+        if not wgmma:
+            return Config(64, 64, depth, 4, 3) if residual else Config(64, 128, depth, 4, 3)
         if arch >= 100 and not residual:
             return Config(128, 128, 64, 8, 3)
         if in_channels <= 128 or residual:
@@ -84,7 +86,7 @@ def rule(
     if kernel == "dgrad":
         wide = in_channels > 64 and residual < 2
         return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
-    wide = in_channels > 64 and residual < 2
+    wide = in_channels > 64 and residual < 2 and wgmma
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
 
 
