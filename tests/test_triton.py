@@ -85,7 +85,7 @@ def test_in_the_interpreter(
     assert " passed" in last and "skipped" not in last
     with capsys.disabled():  # what its tests print is for people to see
         tables = [x for x in run.stdout.splitlines() if x.startswith("  ") or x.endswith(":")]
-        numbers = [x for x in tables if x.endswith(":") or x.split()[0][0].isdigit()]
+        numbers = [x for x in tables if x.endswith(":") or x.strip()[:1].isdigit()]
         print("\n" + "\n".join([*numbers, f"{name}: {last}"]))
 
 
