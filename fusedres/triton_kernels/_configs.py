@@ -86,7 +86,7 @@ def rule(
     if kernel == "dgrad":
         wide = in_channels > 64 and residual < 2
         return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
-    wide = in_channels > 64 and residual < 2 and wgmma
+    wide = in_channels > 64 and not residual and wgmma
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
 
 
