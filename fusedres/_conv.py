@@ -24,9 +24,12 @@ class Conv(NamedTuple):
         top, bottom, left, right = self.padding
         return top == bottom and left == right
 
-    def is_pointwise(self, kernel_size: tuple[int, int]) -> bool:
-        """Whether it is a matrix product over pixels: 1x1, not padded, one group."""
-        return kernel_size == (1, 1) and not any(self.padding) and self.groups == 1
+    def has_fused_kernel(self, kernel_size: tuple[int, int]) -> bool:
+        """Whether it is a matrix product over pixels: 1x1, of stride 1 or 2, not padded, one
+        group.
+        """
+        pointwise = kernel_size == (1, 1) and not any(self.padding) and self.groups == 1
+        return pointwise and max(self.stride) <= 2
 
 
 class Source(NamedTuple):

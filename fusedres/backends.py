@@ -250,8 +250,8 @@ def plan_of(
         out_shape: [N, K, OH, OW]; None where it is not known yet: taken as large.
     """
     kernel = (weight.size(2), weight.size(3))
-    has_kernel = conv.is_pointwise(kernel) and max(conv.stride) <= 2
-    if "fused" not in BACKENDS[choice.backend].plans or choice.plan == "split" or not has_kernel:
+    fusable = "fused" in BACKENDS[choice.backend].plans and conv.has_fused_kernel(kernel)
+    if choice.plan == "split" or not fusable:
         return "split"
     if choice.plan == "fused":
         return "fused"

@@ -4,7 +4,6 @@ behind it.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -112,11 +111,6 @@ class _Backward(NamedTuple):
     plan: str
 
 
-def _light(backend: str) -> SimpleNamespace:
-    bn_act = backends.kernels(backend, "bn_act")
-    return SimpleNamespace(bn_act_fwd=bn_act.bn_act_fwd, bn_act_bwd=bn_act.bn_act_bwd)
-
-
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
     operands, rest = _Operands.of(args)
     source, conv, weight = operands.source, operands.conv, operands.cast_weight()
@@ -128,7 +122,8 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
         y, statistics, a = kernel(source, weight, conv, o.emit, *norm)
     else:
         memory_format = memory_format_of(source.x)
-        a, y = split.conv_bn_fwd(_light(o.backend), source, weight, conv, memory_format)
+        light = backends.kernels(o.backend, "bn_act")
+        a, y = split.conv_bn_fwd(light, source, weight, conv, memory_format)
         statistics = backends.kernels(o.backend, "batch_norm").batch_norm_fwd(y, *norm)
     return y, *statistics, a if o.emit else y.new_empty(0)
 
@@ -158,8 +153,9 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     else:
         apply = backends.kernels(o.backend, "batch_norm").batch_norm_bwd
         dy, *gradients = apply(o.g, *own, o.sums, o.training, *types)
+        light = backends.kernels(o.backend, "bn_act")
         outputs = split.conv_bn_bwd(
-            _light(o.backend), dy, o.grad_a, source, o.a, weight, operands.weight, conv, *needs,
+            light, dy, o.grad_a, source, o.a, weight, operands.weight, conv, *needs,
             memory_format_of(source.x),
         )  # fmt: skip
         outputs += tuple(gradients)

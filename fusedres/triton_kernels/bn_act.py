@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedres._tensors import INTERPRETED
 from fusedres.triton_kernels._args import acc, check, like, rows, vectors
+from fusedres.triton_kernels._configs import MOST_PARTIALS
 from fusedres.triton_kernels._launch import launch
 from fusedres.triton_kernels.device.bn_act import bn_act_bwd_kernel, bn_act_fwd_kernel
 from fusedres.triton_kernels.device.reduction import sum_rows_kernel
@@ -20,7 +21,6 @@ WARPS = 4
 # accesses of 16 bytes a thread makes to each tensor of a tile
 LOADS = {"bn_act_fwd": 4, "bn_act_bwd": 2}
 MOST_COLUMNS = 64  # of a tile: a row of it is whole cache lines
-MOST_PARTS = 1024  # partial rows of a first stage
 PROGRAMS = 2048  # of a first stage: some waves of a large GPU
 
 
@@ -44,7 +44,7 @@ def tile(channels: int, count: int, dtype: torch.dtype, loads: int) -> tuple[int
 
 def chunks(count: int, block_rows: int, across: int) -> tuple[int, int]:
     """Tiles of block_rows that a program of a first stage takes, and the partial rows there are."""
-    most = 3 if INTERPRETED else max(1, min(MOST_PARTS, PROGRAMS // max(1, across)))
+    most = 3 if INTERPRETED else max(1, min(MOST_PARTIALS, PROGRAMS // max(1, across)))
     row_tiles = triton.cdiv(count, block_rows)
     tiles = max(1, triton.cdiv(row_tiles, most))
     return tiles, triton.cdiv(row_tiles, tiles)

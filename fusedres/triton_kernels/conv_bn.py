@@ -7,12 +7,13 @@ the results nothing the size of an activation is allocated but dy, which dgrad h
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from fusedres._conv import Conv, Source, output_shape
 from fusedres._plan_table import Shape, device_name
 from fusedres._tensors import INTERPRETED, conv_allows_tf32, stat_dtype
-from fusedres.triton_kernels._args import acc, check, described, like, rows
+from fusedres.triton_kernels._args import acc, check, described, like, rows, vectors
 from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import launch, multiprocessors
 from fusedres.triton_kernels.batch_norm import (
@@ -54,10 +55,10 @@ def conv_bn_fwd(
     residual = _residual_kind(source)
     config = _config("fwd", x, weight, conv, m, residual)
     tiles, chunks = _chunks(m, config, x.device)
-    part = _partials(y, chunks, 2, out[1]) if training and m > 0 else None
+    part = vectors(y, chunks, 2) if training and m > 0 else None
     launch(
         conv_bn_fwd_kernel,
-        (_cdiv(out[1], config.BN) * chunks,),
+        (triton.cdiv(out[1], config.BN) * chunks,),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
         source.res_scale, source.res_bias, weight, y, a, part,
         m, channels, out[1], x.size(2), x.size(3), out[2], out[3], tiles,
@@ -122,7 +123,7 @@ def conv_bn_bwd(
             part = empty(chunks, 3 if kind == 2 else 2, channels)
         launch(
             conv_bn_dgrad_kernel,
-            (_cdiv(channels, config.BN) * chunks,),
+            (triton.cdiv(channels, config.BN) * chunks,),
             g, y if training else None, mean, scale, rstd, sums, weight, grad_a, a,
             x if norm else None, source.mean, source.scale,
             source.bias, source.residual, source.res_mean, source.res_scale, source.res_bias,
@@ -142,7 +143,7 @@ def conv_bn_bwd(
         dw_part, dw = empty(splits, outs, channels), torch.empty_like(parameter)
         launch(
             conv_bn_wgrad_kernel,
-            (_cdiv(outs, config.BK), _cdiv(channels, config.BN), splits),
+            (triton.cdiv(outs, config.BK), triton.cdiv(channels, config.BN), splits),
             left.x, left.mean, left.scale, left.bias, left.residual, left.res_mean, left.res_scale,
             left.res_bias, dy, dw_part, *geometry, tiles, *conv.stride,
             left.mean is not None, kind_a, left.relu, *common, config.BM, config.BN, config.BK,
@@ -152,9 +153,9 @@ def conv_bn_bwd(
     dweight = None if weight_dtype is None else empty(outs, dtype=weight_dtype)
     dbias = None if bias_dtype is None else empty(outs, dtype=bias_dtype)
     br, bc, bw = _FINISH
-    sums_programs = _cdiv(channels, bc) if in_sums is not None else 0
-    dw_programs = _cdiv(outs * channels, bw) if need_weight else 0
-    own_programs = _cdiv(outs, bw) if dweight is not None or dbias is not None else 0
+    sums_programs = triton.cdiv(channels, bc) if in_sums is not None else 0
+    dw_programs = triton.cdiv(outs * channels, bw) if need_weight else 0
+    own_programs = triton.cdiv(outs, bw) if dweight is not None or dbias is not None else 0
     launch(
         conv_bn_finish_kernel,
         (sums_programs + dw_programs + own_programs,),
@@ -176,11 +177,8 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
         raise ValueError(f"{op}: mean, scale and bias come together, a residual only with them")
     if len({v is None for v in joined.values()}) > 1:
         raise ValueError(f"{op}: res_mean, res_scale and res_bias come together")
-    kernel = (weight.size(2), weight.size(3)) if weight.dim() == 4 else ()
-    if kernel != (1, 1) or not conv.is_pointwise((1, 1)) or not 1 <= min(conv.stride) <= 2:
+    if weight.dim() != 4 or not conv.has_fused_kernel((weight.size(2), weight.size(3))):
         raise ValueError(f"{op}: no fused plan for weight {list(weight.shape)} and {conv}")
-    if max(conv.stride) > 2:
-        raise ValueError(f"{op}: the fused plan takes strides 1 and 2, got {conv.stride}")
     alike = (weight.dtype, weight.device) == (x.dtype, x.device)
     if not alike or weight.size(1) != x.size(1):
         raise ValueError(
@@ -190,11 +188,8 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
 
 
 def _residual_kind(source: Source) -> int:
-    return (
-        0
-        if source.residual is None and source.res_mean is None
-        else 1 + (source.res_mean is not None)
-    )
+    """0 none, 1 a tensor, 2 one that is normalised too."""
+    return 2 if source.res_mean is not None else int(source.residual is not None)
 
 
 def _config(kernel: str, x: Tensor, weight: Tensor, conv: Conv, m: int, residual: int) -> Config:
@@ -208,31 +203,23 @@ def _chunks(m: int, config: Config, device: torch.device) -> tuple[int, int]:
     On HIP a tile each: its barrier orders local memory alone, and a program's tiles meet in global
     memory.
     """
-    tiles = max(1, _cdiv(_cdiv(m, config.BM), MOST_PARTIALS))
+    tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), MOST_PARTIALS))
     if arch_of(device) == HIP:
         tiles = 1
-    return tiles, _cdiv(m, tiles * config.BM)
+    return tiles, triton.cdiv(m, tiles * config.BM)
 
 
 def _splits(
     m: int, channels: int, outs: int, config: Config, device: torch.device
 ) -> tuple[int, int]:
     """Tiles of rows in a split of wgrad, and splits: enough programs to fill the device twice."""
-    programs = _cdiv(channels, config.BN) * _cdiv(outs, config.BK)
+    programs = triton.cdiv(channels, config.BN) * triton.cdiv(outs, config.BK)
     wanted = max(1, 2 * multiprocessors(device) // programs)
-    tiles = max(1, _cdiv(_cdiv(m, config.BM), wanted))
-    return tiles, _cdiv(m, tiles * config.BM)
-
-
-def _partials(y: Tensor, chunks: int, kinds: int, channels: int) -> Tensor:
-    return torch.empty(chunks, kinds, channels, dtype=stat_dtype(y.dtype), device=y.device)
+    tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), wanted))
+    return tiles, triton.cdiv(m, tiles * config.BM)
 
 
 def _precision(dtype: torch.dtype) -> str:
     """How fp32 products run: as torch's convolutions do."""
     wide = dtype != torch.float32 or INTERPRETED or not conv_allows_tf32()
     return "ieee" if wide else "tf32"
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
