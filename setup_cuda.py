@@ -11,7 +11,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-DEFAULT_ARCHS = ["80", "86", "89", "90", "100", "120"]
+# One of each generation: code for 8.0 runs on 8.6 and 8.9 too, where nothing here would gain.
+DEFAULT_ARCHS = ["80", "90", "100", "120"]
 # nvcc's pieces, all of one minor version: pip would otherwise mix a newer nvvm with an older ptxas.
 NVCC_WHEELS = [
     f"nvidia-{part}==13.0.*"

@@ -1,7 +1,11 @@
-// fusedres._C: the only file that knows Python. Pointers arrive as integers (0 is null) and are
-// trusted: shapes, dtypes, devices and layouts were checked by the caller. The GIL is released
-// while a kernel runs; a CUDA launch that fails throws with the op's name and its launch
-// configuration.
+// fusedres._C: the only file that knows Python.
+//
+// Every kernel takes a head (dtype, sizes, layout, device, where), its scalars and its pointers, in
+// the order of its contract header. Device -1 is the CPU, and `where` the number of threads; else
+// it is a CUDA device, and `where` the stream. Pointers arrive as integers (0 is null) and are
+// trusted: shapes, dtypes, devices and layouts were checked by the caller. <op>_workspace takes the
+// same arguments with a null workspace and tells its size in bytes. The GIL is released while a
+// kernel runs; a launch that fails throws with the op's name and its launch configuration.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,11 +15,14 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "fusedres/add_relu.h"
 #include "fusedres/batch_norm.h"
 #include "fusedres/bn_act.h"
 #include "fusedres/bn_relu_maxpool.h"
+#include "fusedres/pack.h"
 
 namespace py = pybind11;
 
@@ -25,16 +32,342 @@ namespace {
 using py::literals::operator""_a;
 
 using Address = uintptr_t;
+template <size_t kCount>
+using Addresses = std::array<Address, kCount>;
 using Sizes = std::array<int64_t, 4>;  // N, C, H, W
+using Head = std::tuple<int, Sizes, int, int, Address>;
+using Numbered = std::tuple<int, Address>;  // dtype code, address: a vector of a dtype of its own
 
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 3) {
+    throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+  }
+  return static_cast<DType>(code);
 }
 
 Shape shape_of(const Sizes& sizes, int layout) {
+  if (layout != 0 && layout != 1) throw std::invalid_argument("unknown layout code");
+  for (const int64_t size : sizes) {
+    if (size < 0) throw std::invalid_argument("a size is negative");
+  }
   return {sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Layout>(layout)};
 }
+
+DType dtype_of(const Head& head) { return dtype_of(std::get<0>(head)); }
+Shape shape_of(const Head& head) { return shape_of(std::get<1>(head), std::get<2>(head)); }
+bool on_cpu(const Head& head) { return std::get<3>(head) < 0; }
+MutableVector vector_of(const Numbered& v) {
+  return {dtype_of(std::get<0>(v)), pointer(std::get<1>(v))};
+}
+
+#ifdef FUSEDRES_WITH_CUDA
+CudaTarget target_of(const Head& head) {
+  return {std::get<3>(head), static_cast<cudaStream_t>(pointer(std::get<4>(head)))};
+}
+
+void throw_on_error(const char* op, cudaError_t status, int device, const LaunchConfig& config) {
+  if (status == cudaSuccess) return;
+  std::ostringstream message;
+  message << op << ": " << cudaGetErrorString(status) << " (" << cudaGetErrorName(status)
+          << ") on device " << device << ", last launch: " << config.kernel << " with "
+          << config.blocks << " blocks of " << config.threads << " threads and "
+          << config.shared_bytes << " bytes of shared memory"
+          << (config.cooperative ? ", cooperative" : "");
+  throw std::runtime_error(message.str());
+}
+#endif
+
+#ifndef FUSEDRES_WITH_CUDA
+[[noreturn]] void throw_without_cuda(const char* op) {
+  throw std::runtime_error(std::string(op) + ": the extension was built without CUDA kernels");
+}
+#endif
+
+// Calls launch(threads) or launch(target, &config), where the head says.
+template <class Launch>
+void run(const char* op, const Head& head, const Launch& launch) {
+  const py::gil_scoped_release no_gil;
+  if (on_cpu(head)) {
+    launch(static_cast<int>(std::get<4>(head)));
+    return;
+  }
+#ifdef FUSEDRES_WITH_CUDA
+  LaunchConfig config;
+  throw_on_error(op, launch(target_of(head), &config), std::get<3>(head), config);
+#else
+  throw_without_cuda(op);
+#endif
+}
+
+// Bytes of a workspace: `cpu` of them, or what ask(device, &bytes) says.
+template <class Ask>
+int64_t workspace(const char* op, const Head& head, int64_t cpu, const Ask& ask) {
+  if (on_cpu(head)) return cpu;
+#ifdef FUSEDRES_WITH_CUDA
+  int64_t bytes = 0;
+  throw_on_error(op, ask(std::get<3>(head), &bytes), std::get<3>(head), {});
+  return bytes;
+#else
+  (void)ask;
+  throw_without_cuda(op);
+#endif
+}
+
+int64_t partial_bytes(const Head& head, int sums) {
+  const Shape shape = shape_of(head);
+  return partial_rows(shape) * sums * shape.c * static_cast<int64_t>(sizeof(double));
+}
+
+// --- arguments to parameters, in the order of the contract headers -------------------------------
+
+BnActFwdParams bn_act_fwd_params(const Head& head, bool relu, const Addresses<9>& t) {
+  return {dtype_of(head), shape_of(head), relu,          pointer(t[0]),
+          pointer(t[1]),  pointer(t[2]),  pointer(t[3]), pointer(t[4]),
+          pointer(t[5]),  pointer(t[6]),  pointer(t[7]), pointer(t[8])};
+}
+
+BnActBwdParams bn_act_bwd_params(const Head& head, const Addresses<11>& t) {
+  return {dtype_of(head), shape_of(head), pointer(t[0]), pointer(t[1]), pointer(t[2]),
+          pointer(t[3]),  pointer(t[4]),  pointer(t[5]), pointer(t[6]), pointer(t[7]),
+          pointer(t[8]),  pointer(t[9]),  pointer(t[10])};
+}
+
+BnReluMaxpoolBwdParams bn_relu_maxpool_bwd_params(const Head& head, const PoolWindow& window,
+                                                  const Addresses<9>& t) {
+  return {dtype_of(head),
+          shape_of(head),
+          window,
+          pointer(t[0]),
+          pointer(t[1]),
+          pointer(t[2]),
+          pointer(t[3]),
+          pointer(t[4]),
+          pointer(t[5]),
+          pointer(t[6]),
+          static_cast<uint8_t*>(pointer(t[7])),
+          pointer(t[8])};
+}
+
+#ifdef FUSEDRES_WITH_CUDA
+ConstVector const_vector_of(const Numbered& v) {
+  return {dtype_of(std::get<0>(v)), pointer(std::get<1>(v))};
+}
+
+BatchNormFwdParams batch_norm_fwd_params(const Head& head, bool training, double momentum,
+                                         double eps, const std::array<Numbered, 5>& vectors,
+                                         const Addresses<7>& t) {
+  return {dtype_of(head),
+          shape_of(head),
+          training,
+          momentum,
+          eps,
+          pointer(t[0]),
+          const_vector_of(vectors[0]),
+          const_vector_of(vectors[1]),
+          const_vector_of(vectors[2]),
+          vector_of(vectors[3]),
+          vector_of(vectors[4]),
+          pointer(t[1]),
+          pointer(t[2]),
+          pointer(t[3]),
+          pointer(t[4]),
+          pointer(t[5]),
+          pointer(t[6])};
+}
+#endif
+
+// --- kernels
+// --------------------------------------------------------------------------------------
+
+void bind_bn_act(py::module_& m) {
+  m.def(
+      "bn_act_fwd",
+      [](const Head& head, bool relu, const Addresses<9>& t) {
+        const BnActFwdParams params = bn_act_fwd_params(head, relu, t);
+        run("bn_act_fwd", head, [&](auto... how) { return launch_bn_act_fwd(params, how...); });
+      },
+      "head"_a, "relu"_a, "tensors"_a);
+  m.def(
+      "bn_act_bwd",
+      [](const Head& head, const Addresses<11>& t) {
+        const BnActBwdParams params = bn_act_bwd_params(head, t);
+        run("bn_act_bwd", head, [&](auto... how) { return launch_bn_act_bwd(params, how...); });
+      },
+      "head"_a, "tensors"_a);
+  m.def(
+      "bn_act_bwd_workspace",
+      [](const Head& head, const Addresses<11>& t) {
+        const BnActBwdParams params = bn_act_bwd_params(head, t);
+        const int64_t cpu = partial_bytes(head, params.res_sums == nullptr ? 2 : 3);
+        return workspace("bn_act_bwd", head, cpu,
+                         [&](auto... how) { return bn_act_bwd_workspace(params, how...); });
+      },
+      "head"_a, "tensors"_a);
+}
+
+void bind_batch_norm(py::module_& m) {
+  m.def(
+      "batch_norm_stats",
+      [](const Head& head, const Addresses<4>& t) {
+        if (!on_cpu(head)) throw std::invalid_argument("batch_norm_stats: runs on the CPU");
+        const BatchNormStatsParams params = {dtype_of(head), shape_of(head), pointer(t[0]),
+                                             pointer(t[1]),  pointer(t[2]),  pointer(t[3])};
+        const py::gil_scoped_release no_gil;
+        launch_batch_norm_stats(params, static_cast<int>(std::get<4>(head)));
+      },
+      "head"_a, "tensors"_a);
+  m.def(
+      "batch_norm_stats_workspace", [](const Head& head) { return partial_bytes(head, 2); },
+      "head"_a);
+  m.def(
+      "batch_norm_bwd",
+      [](const Head& head, bool training, const Addresses<8>& t, const Numbered& dweight,
+         const Numbered& dbias) {
+        const BatchNormBwdParams params = {
+            dtype_of(head), shape_of(head),     training,        pointer(t[0]), pointer(t[1]),
+            pointer(t[2]),  pointer(t[3]),      pointer(t[4]),   pointer(t[5]), pointer(t[6]),
+            pointer(t[7]),  vector_of(dweight), vector_of(dbias)};
+        run("batch_norm_bwd", head,
+            [&](auto... how) { return launch_batch_norm_bwd(params, how...); });
+      },
+      "head"_a, "training"_a, "tensors"_a, "dweight"_a, "dbias"_a);
+#ifdef FUSEDRES_WITH_CUDA
+  using Vectors = std::array<Numbered, 5>;
+  m.def(
+      "batch_norm_fwd_cuda",
+      [](const Head& head, bool training, double momentum, double eps, const Vectors& vectors,
+         const Addresses<7>& t) {
+        const BatchNormFwdParams params =
+            batch_norm_fwd_params(head, training, momentum, eps, vectors, t);
+        const py::gil_scoped_release no_gil;
+        LaunchConfig config;
+        const CudaTarget target = target_of(head);
+        throw_on_error("batch_norm_fwd", launch_batch_norm_fwd(params, target, &config),
+                       target.device, config);
+      },
+      "head"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a);
+  m.def(
+      "batch_norm_fwd_cuda_workspace",
+      [](const Head& head, bool training, double momentum, double eps, const Vectors& vectors,
+         const Addresses<7>& t) {
+        const BatchNormFwdParams params =
+            batch_norm_fwd_params(head, training, momentum, eps, vectors, t);
+        return workspace("batch_norm_fwd", head, 0, [&](int device, int64_t* bytes) {
+          return batch_norm_fwd_workspace(params, device, bytes);
+        });
+      },
+      "head"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a);
+  m.def(
+      "batch_norm_act_fwd_cuda",
+      [](const Head& head, double momentum, double eps, const Vectors& vectors,
+         const Addresses<7>& t, bool relu, const Addresses<9>& act) {
+        const BatchNormFwdParams params =
+            batch_norm_fwd_params(head, true, momentum, eps, vectors, t);
+        const BnActFwdParams act_params = bn_act_fwd_params(head, relu, act);
+        const py::gil_scoped_release no_gil;
+        LaunchConfig config;
+        const CudaTarget target = target_of(head);
+        throw_on_error("batch_norm_act_fwd",
+                       launch_batch_norm_act_fwd(params, act_params, target, &config),
+                       target.device, config);
+      },
+      "head"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a, "relu"_a, "act"_a);
+  m.def(
+      "batch_norm_act_fwd_cuda_workspace",
+      [](const Head& head, double momentum, double eps, const Vectors& vectors,
+         const Addresses<7>& t, bool relu, const Addresses<9>& act) {
+        const BatchNormFwdParams params =
+            batch_norm_fwd_params(head, true, momentum, eps, vectors, t);
+        const BnActFwdParams act_params = bn_act_fwd_params(head, relu, act);
+        return workspace("batch_norm_act_fwd", head, 0, [&](int device, int64_t* bytes) {
+          return batch_norm_act_fwd_workspace(params, act_params, device, bytes);
+        });
+      },
+      "head"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a, "relu"_a, "act"_a);
+#endif
+}
+
+void bind_bn_relu_maxpool(py::module_& m) {
+  using Window = std::array<int, 3>;  // kernel_size, stride, padding
+  m.def(
+      "bn_relu_maxpool_fwd",
+      [](const Head& head, const Window& w, const Addresses<5>& t) {
+        const BnReluMaxpoolFwdParams params = {dtype_of(head), shape_of(head), {w[0], w[1], w[2]},
+                                               pointer(t[0]),  pointer(t[1]),  pointer(t[2]),
+                                               pointer(t[3]),  pointer(t[4])};
+        run("bn_relu_maxpool_fwd", head,
+            [&](auto... how) { return launch_bn_relu_maxpool_fwd(params, how...); });
+      },
+      "head"_a, "window"_a, "tensors"_a);
+  m.def(
+      "bn_relu_maxpool_bwd",
+      [](const Head& head, const Window& w, const Addresses<9>& t) {
+        const auto params = bn_relu_maxpool_bwd_params(head, {w[0], w[1], w[2]}, t);
+        run("bn_relu_maxpool_bwd", head,
+            [&](auto... how) { return launch_bn_relu_maxpool_bwd(params, how...); });
+      },
+      "head"_a, "window"_a, "tensors"_a);
+  m.def(
+      "bn_relu_maxpool_bwd_workspace",
+      [](const Head& head, const Window& w, const Addresses<9>& t) {
+        const auto params = bn_relu_maxpool_bwd_params(head, {w[0], w[1], w[2]}, t);
+        return workspace("bn_relu_maxpool_bwd", head, partial_bytes(head, 2), [&](auto... how) {
+          return bn_relu_maxpool_bwd_workspace(params, how...);
+        });
+      },
+      "head"_a, "window"_a, "tensors"_a);
+}
+
+void bind_add_relu(py::module_& m) {
+  m.def(
+      "add_relu_fwd",
+      [](const Head& head, const Addresses<3>& t) {
+        const AddReluFwdParams params = {dtype_of(head), shape_of(head).numel(), pointer(t[0]),
+                                         pointer(t[1]), pointer(t[2])};
+        run("add_relu_fwd", head, [&](auto... how) { return launch_add_relu_fwd(params, how...); });
+      },
+      "head"_a, "tensors"_a);
+  m.def(
+      "add_relu_bwd",
+      [](const Head& head, const Addresses<3>& t) {
+        const AddReluBwdParams params = {dtype_of(head), shape_of(head).numel(), pointer(t[0]),
+                                         pointer(t[1]), pointer(t[2])};
+        run("add_relu_bwd", head, [&](auto... how) { return launch_add_relu_bwd(params, how...); });
+      },
+      "head"_a, "tensors"_a);
+}
+
+#ifdef FUSEDRES_WITH_CUDA
+// address, offset, K, C, R*S, channels_last
+using Entry = std::tuple<Address, int64_t, int32_t, int32_t, int32_t, bool>;
+
+void pack(int dtype, int device, Address stream, Address buffer, const std::vector<Entry>& list) {
+  const py::gil_scoped_release no_gil;
+  const CudaTarget target = {device, static_cast<cudaStream_t>(pointer(stream))};
+  for (size_t begin = 0; begin < list.size(); begin += PackParams::kMost) {
+    PackParams params = {dtype_of(dtype), pointer(buffer), 0, {}};
+    for (size_t i = begin; i < list.size() && params.count < PackParams::kMost; ++i) {
+      const auto& [source, offset, filters, channels, taps, channels_last] = list[i];
+      if (offset < 0 || offset % 8 != 0 || filters < 0 || channels < 0 || taps < 0) {
+        throw std::invalid_argument("pack: an entry has an impossible offset or size");
+      }
+      params.entries[params.count++] = {static_cast<const float*>(pointer(source)),
+                                        offset,
+                                        filters,
+                                        channels,
+                                        taps,
+                                        channels_last};
+    }
+    LaunchConfig config;
+    throw_on_error("pack", launch_pack(params, target, &config), device, config);
+  }
+}
+#endif
+
+// --- what the build is
+// ----------------------------------------------------------------------------
 
 #if defined(__clang__)
 constexpr char kCompiler[] = "clang " __clang_version__;
@@ -42,22 +375,6 @@ constexpr char kCompiler[] = "clang " __clang_version__;
 constexpr char kCompiler[] = "gcc " __VERSION__;
 #else
 constexpr char kCompiler[] = "unknown";
-#endif
-
-#ifdef FUSEDRES_WITH_CUDA
-void throw_on_error(const char* op, cudaError_t status, const CudaTarget& target,
-                    const LaunchConfig& config) {
-  if (status == cudaSuccess) return;
-  std::ostringstream message;
-  message << op << ": " << cudaGetErrorString(status) << " (" << cudaGetErrorName(status)
-          << "), launched on device " << target.device << " with " << config.blocks << " blocks of "
-          << config.threads << " threads, " << config.vector << " elements per load";
-  throw std::runtime_error(message.str());
-}
-
-CudaTarget cuda_target(int device, Address stream) {
-  return {device, static_cast<cudaStream_t>(pointer(stream))};
-}
 #endif
 
 py::object cuda_version() {
@@ -88,153 +405,6 @@ std::optional<std::string> cuda_driver_status() {
 #endif
 }
 
-void bind_cpu(py::module_& m) {
-  const py::call_guard<py::gil_scoped_release> no_gil;
-
-  m.def(
-      "partial_rows",
-      [](const Sizes& sizes, int layout) { return partial_rows(shape_of(sizes, layout)); },
-      "Rows of the workspace of a per-channel reduction.", "sizes"_a, "layout"_a);
-
-  m.def(
-      "batch_norm_stats",
-      [](int dtype, const Sizes& sizes, int layout, int threads, Address y, Address mean,
-         Address var, Address workspace) {
-        launch_batch_norm_stats({static_cast<DType>(dtype), shape_of(sizes, layout), threads,
-                                 pointer(y), pointer(mean), pointer(var),
-                                 pointer<double>(workspace)});
-      },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "y"_a, "mean"_a, "var"_a,
-      "workspace"_a);
-
-  m.def(
-      "batch_norm_bwd",
-      [](int dtype, const Sizes& sizes, int layout, int threads, bool training, Address g,
-         Address y, Address mean, Address scale, Address rstd, Address sums, Address dy,
-         Address workspace) {
-        launch_batch_norm_bwd({static_cast<DType>(dtype), shape_of(sizes, layout), threads,
-                               training, pointer(g), pointer(y), pointer(mean), pointer(scale),
-                               pointer(rstd), pointer(sums), pointer(dy), pointer(workspace)});
-      },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "training"_a, "g"_a, "y"_a, "mean"_a,
-      "scale"_a, "rstd"_a, "sums"_a, "dy"_a, "workspace"_a);
-
-  m.def(
-      "bn_act_fwd",
-      [](int dtype, const Sizes& sizes, int layout, int threads, bool relu, Address y, Address mean,
-         Address scale, Address bias, Address residual, Address res_mean, Address res_scale,
-         Address res_bias, Address a) {
-        launch_bn_act_fwd({static_cast<DType>(dtype), shape_of(sizes, layout), threads, relu,
-                           pointer(y), pointer(mean), pointer(scale), pointer(bias),
-                           pointer(residual), pointer(res_mean), pointer(res_scale),
-                           pointer(res_bias), pointer(a)});
-      },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "relu"_a, "y"_a, "mean"_a, "scale"_a,
-      "bias"_a, "residual"_a, "res_mean"_a, "res_scale"_a, "res_bias"_a, "a"_a);
-
-  m.def(
-      "bn_act_bwd",
-      [](int dtype, const Sizes& sizes, int layout, int threads, Address grad, Address grad_extra,
-         Address a, Address y, Address mean, Address res_y, Address res_mean, Address g,
-         Address sums, Address res_sums, Address workspace) {
-        launch_bn_act_bwd({static_cast<DType>(dtype), shape_of(sizes, layout), threads,
-                           pointer(grad), pointer(grad_extra), pointer(a), pointer(y),
-                           pointer(mean), pointer(res_y), pointer(res_mean), pointer(g),
-                           pointer(sums), pointer(res_sums), pointer<double>(workspace)});
-      },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "grad"_a, "grad_extra"_a, "a"_a, "y"_a,
-      "mean"_a, "res_y"_a, "res_mean"_a, "g"_a, "sums"_a, "res_sums"_a, "workspace"_a);
-
-  m.def(
-      "bn_relu_maxpool_fwd",
-      [](int dtype, const Sizes& sizes, int layout, int threads, int kernel_size, int stride,
-         int padding, Address y, Address mean, Address scale, Address bias, Address p) {
-        launch_bn_relu_maxpool_fwd({static_cast<DType>(dtype),
-                                    shape_of(sizes, layout),
-                                    {kernel_size, stride, padding},
-                                    threads,
-                                    pointer(y),
-                                    pointer(mean),
-                                    pointer(scale),
-                                    pointer(bias),
-                                    pointer(p)});
-      },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "kernel_size"_a, "stride"_a,
-      "padding"_a, "y"_a, "mean"_a, "scale"_a, "bias"_a, "p"_a);
-
-  m.def(
-      "bn_relu_maxpool_bwd",
-      [](int dtype, const Sizes& sizes, int layout, int threads, int kernel_size, int stride,
-         int padding, Address grad, Address y, Address mean, Address scale, Address bias, Address g,
-         Address sums, Address winners, Address workspace) {
-        launch_bn_relu_maxpool_bwd({static_cast<DType>(dtype),
-                                    shape_of(sizes, layout),
-                                    {kernel_size, stride, padding},
-                                    threads,
-                                    pointer(grad),
-                                    pointer(y),
-                                    pointer(mean),
-                                    pointer(scale),
-                                    pointer(bias),
-                                    pointer(g),
-                                    pointer(sums),
-                                    pointer<uint8_t>(winners),
-                                    pointer<double>(workspace)});
-      },
-      no_gil, "dtype"_a, "sizes"_a, "layout"_a, "threads"_a, "kernel_size"_a, "stride"_a,
-      "padding"_a, "grad"_a, "y"_a, "mean"_a, "scale"_a, "bias"_a, "g"_a, "sums"_a, "winners"_a,
-      "workspace"_a);
-
-  m.def(
-      "add_relu_fwd",
-      [](int dtype, int64_t numel, int threads, Address x, Address residual, Address out) {
-        launch_add_relu_fwd(
-            {static_cast<DType>(dtype), numel, pointer(x), pointer(residual), pointer(out)},
-            threads);
-      },
-      no_gil, "dtype"_a, "numel"_a, "threads"_a, "x"_a, "residual"_a, "out"_a);
-
-  m.def(
-      "add_relu_bwd",
-      [](int dtype, int64_t numel, int threads, Address grad, Address out, Address dx) {
-        launch_add_relu_bwd(
-            {static_cast<DType>(dtype), numel, pointer(grad), pointer(out), pointer(dx)}, threads);
-      },
-      no_gil, "dtype"_a, "numel"_a, "threads"_a, "grad"_a, "out"_a, "dx"_a);
-}
-
-#ifdef FUSEDRES_WITH_CUDA
-void bind_cuda(py::module_& m) {
-  const py::call_guard<py::gil_scoped_release> no_gil;
-
-  m.def(
-      "add_relu_fwd_cuda",
-      [](int dtype, int64_t numel, int device, Address stream, Address x, Address residual,
-         Address out) {
-        const CudaTarget target = cuda_target(device, stream);
-        LaunchConfig config;
-        const AddReluFwdParams params = {static_cast<DType>(dtype), numel, pointer(x),
-                                         pointer(residual), pointer(out)};
-        throw_on_error("add_relu_fwd", launch_add_relu_fwd(params, target, &config), target,
-                       config);
-      },
-      no_gil, "dtype"_a, "numel"_a, "device"_a, "stream"_a, "x"_a, "residual"_a, "out"_a);
-
-  m.def(
-      "add_relu_bwd_cuda",
-      [](int dtype, int64_t numel, int device, Address stream, Address grad, Address out,
-         Address dx) {
-        const CudaTarget target = cuda_target(device, stream);
-        LaunchConfig config;
-        const AddReluBwdParams params = {static_cast<DType>(dtype), numel, pointer(grad),
-                                         pointer(out), pointer(dx)};
-        throw_on_error("add_relu_bwd", launch_add_relu_bwd(params, target, &config), target,
-                       config);
-      },
-      no_gil, "dtype"_a, "numel"_a, "device"_a, "stream"_a, "grad"_a, "out"_a, "dx"_a);
-}
-#endif
-
 }  // namespace
 }  // namespace fusedres
 
@@ -246,10 +416,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = cuda_archs();
   m.def("cuda_driver_status", &cuda_driver_status,
         "None when CUDA kernels can run on this machine, else the reason.");
-  bind_cpu(m);
+  bind_bn_act(m);
+  bind_batch_norm(m);
+  bind_bn_relu_maxpool(m);
+  bind_add_relu(m);
 #ifdef FUSEDRES_WITH_CUDA
   m.attr("cuda_built") = true;
-  bind_cuda(m);
+  m.def("pack", &pack, "dtype"_a, "device"_a, "stream"_a, "buffer"_a, "entries"_a);
 #else
   m.attr("cuda_built") = false;
 #endif

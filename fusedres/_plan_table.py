@@ -1,8 +1,10 @@
 """The table of measured plans and kernel configurations, shipped as plan_table.json.
 
-A leaf: backends asks it for plans, triton_kernels for configurations. An entry names a device (as
-torch does), a dtype, and the shape of a convolution; `rows`, [least, most] pixels of its output, is
-optional. Where no entry fits, the heuristics of those who ask decide.
+A leaf: backends asks it for plans and for who runs a light pass, triton_kernels for configurations.
+An entry names a device (as torch does), a dtype, and one of two things. The shape of a convolution,
+and maybe `rows`, [least, most] pixels of its output. Or an op that is a light pass, the size class
+of its tensor, `bytes` [least, most], and the backend that is fastest there. Where no entry fits,
+the heuristics of those who ask decide.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
 _KERNELS = {"fwd", "dgrad", "wgrad"}
+_LIGHT = {"device", "dtype", "op", "bytes", "backend"}
 _FIELDS = {"BM", "BN", "BK", "num_warps", "num_stages"}
 
 
@@ -52,6 +55,9 @@ def _read() -> list[dict[str, Any]]:
 
 
 def _check(entry: dict[str, Any]) -> None:
+    if "op" in entry:
+        _check_light(entry)
+        return
     required = {"device", "dtype", "in_channels", "out_channels", "kernel", "stride"}
     optional = {"rows", "plan", "configs"}
     names = set(entry)
@@ -71,10 +77,36 @@ def _check(entry: dict[str, Any]) -> None:
         raise ValueError(f"{PATH}: rows must be [least, most or null], got {rows!r}")
 
 
+def _check_light(entry: dict[str, Any]) -> None:
+    if set(entry) != _LIGHT:
+        raise ValueError(f"{PATH}: an entry of an op has {sorted(_LIGHT)}, got {sorted(entry)}")
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
+    sizes = entry["bytes"]
+    if len(sizes) != 2 or not isinstance(sizes[0], int) or not isinstance(sizes[1], int | None):
+        raise ValueError(f"{PATH}: bytes must be [least, most or null], got {sizes!r}")
+
+
+@torch.compiler.assume_constant_result
+def light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | None, str], ...]:
+    """(least bytes, most bytes or None, backend) of the size classes of a light pass."""
+    return _light(device, op, dtype)
+
+
+@cache
+def _light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | None, str], ...]:
+    wanted = (device, op, str(dtype).removeprefix("torch."))
+    return tuple(
+        (*entry["bytes"], entry["backend"])
+        for entry in entries()
+        if "op" in entry and (entry["device"], entry["op"], entry["dtype"]) == wanted
+    )
+
+
 @cache
 def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | None:
     """The first entry for such a convolution on the device of this name."""
-    for entry in entries():
+    for entry in (e for e in entries() if "op" not in e):
         least, most = entry.get("rows", (0, None))
         rows = shape.rows
         fits = most is None if rows is None else least <= rows and (most is None or rows <= most)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 import os
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ BACKENDS = {
             OPS,
             ("fused", "split"),
         ),
-        Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, ("add_relu",), ()),
+        Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, OPS, ("split",)),
     )
 }
 # fastest first; then "reference". The interpreter is asked for by name only
@@ -75,12 +76,14 @@ _CAPABILITY = (8, 0)  # below, bf16 has no tensor cores
 @dataclass(frozen=True)
 class Choice:
     """The outcome of a look-up: a backend, the plan asked for, and why nothing faster runs ("" if
-    nothing is).
+    nothing is). `light` runs light passes, unless the table has measured another one as faster; ""
+    where a backend was asked for by name, which then runs everything.
     """
 
     backend: str
     plan: str
     reason: str
+    light: str = ""
 
 
 _backend_scope: ContextVar[str] = ContextVar("fusedres_backend", default="")
@@ -206,19 +209,18 @@ def _triton_not_ready() -> str | None:
 
 @cache
 def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -> Choice:
+    light = ""
     if backend == "auto":
-        candidates = [n for n in _AUTO_ORDER if op in BACKENDS[n].ops]
-        reasons = []
-        for name in candidates:
-            why = unavailable(name, op, device, dtype)
-            if why is None:
-                backend = name
-                break
-            if device in BACKENDS[name].devices:
-                reasons.append(why)
-        else:
-            backend = "reference"
-        reason = "; ".join(reasons)
+        why = {n: unavailable(n, op, device, dtype) for n in _AUTO_ORDER if op in BACKENDS[n].ops}
+        serving = [name for name, reason in why.items() if reason is None]
+        light = backend = serving[0] if serving else "reference"
+        if op == "conv_bn" and plan != "split":  # `light` runs what is not fused
+            backend = next((n for n in serving if "fused" in BACKENDS[n].plans), backend)
+        passed_over = list(why)
+        if serving and op != "conv_bn":  # whose two plans may want two backends
+            passed_over = passed_over[: passed_over.index(light)]
+        reasons = (why[n] for n in passed_over if device in BACKENDS[n].devices)
+        reason = "; ".join(filter(None, reasons))
         if backend == "reference" and not reason:
             reason = f"no backend of this version has a {op} kernel for {device} tensors"
     else:
@@ -229,7 +231,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
             )
     if op == "conv_bn" and plan != "auto" and plan not in BACKENDS[backend].plans:
         raise RuntimeError(f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')")
-    return Choice(backend, plan, reason)
+    return Choice(backend, plan, reason, light)
 
 
 def plan_of(
@@ -261,11 +263,49 @@ def plan_of(
     return entry.get("plan") or _likely_plan(dtype)
 
 
+def light_backend(
+    choice: Choice, op: str, device: torch.device, dtype: torch.dtype, size: int | None
+) -> str:
+    """Who runs a light pass over a tensor of `size` bytes (None: not known yet, taken as large)."""
+    if choice.light in ("", "reference"):
+        return choice.backend
+    for least, most, name in _plan_table.light(_plan_table.device_name(device), op, dtype):
+        fits = most is None if size is None else least <= size and (most is None or size <= most)
+        if fits and unavailable(name, op, device.type, dtype) is None:
+            return name
+    return choice.light
+
+
+def way_of(
+    choice: Choice,
+    dtype: torch.dtype,
+    weight: Tensor,
+    conv: Conv,
+    out_shape: tuple[int, ...] | None = None,
+) -> tuple[str, str]:
+    """Backend and plan of one convolution with its BatchNorm; the arguments of `plan_of`."""
+    plan = plan_of(choice, dtype, weight, conv, out_shape)
+    if plan == "fused":
+        return choice.backend, plan
+    size = None if out_shape is None else math.prod(out_shape) * dtype.itemsize
+    return light_backend(choice, "bn_act", weight.device, dtype, size), plan
+
+
 def _likely_plan(dtype: torch.dtype) -> str:
     """By bytes moved the fused plan; but only where tensor cores serve Triton's products."""
     half = dtype in (torch.float16, torch.bfloat16)
     tf32 = dtype == torch.float32 and conv_allows_tf32()
     return "fused" if half or tf32 else "split"
+
+
+def backend_for(op: str, x: Tensor) -> str:
+    """The backend of a light pass over x, in its dtype.
+
+    Raises:
+        RuntimeError: a backend asked for by name cannot serve x.
+    """
+    choice = choose(op, x.device.type, x.dtype)
+    return light_backend(choice, op, x.device, x.dtype, x.numel() * x.element_size())
 
 
 def choose(op: str, device: str, dtype: torch.dtype) -> Choice:

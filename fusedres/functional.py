@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres.ops.add_relu import add_relu
-from fusedres.ops.batch_norm import batch_norm
+from fusedres.ops.batch_norm import batch_norm_act
 from fusedres.ops.conv_bn import conv_bn
 
 __all__ = ["add_relu", "bn_add_relu", "conv_bn_relu"]
@@ -96,7 +96,7 @@ def bn_add_relu(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
-    return batch_norm(
+    return batch_norm_act(
         y,
         bn_weight,
         bn_bias,
@@ -106,4 +106,4 @@ def bn_add_relu(
         momentum=momentum,
         eps=eps,
         residual=residual,
-    ).value()
+    )

@@ -59,7 +59,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_asked_for_that_cannot_serve_raises_with_the_reason() -> None:
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="conv_bn: backend 'cuda' has no"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="serves cuda tensors, not cpu"):
         conv_bn(X, W)
     with use_backend("triton"), pytest.raises(RuntimeError, match="serves cuda tensors, not cpu"):
         conv_bn(X, W)
@@ -93,7 +93,7 @@ def test_the_scope_counts_around_compiled_code() -> None:
     modules = [fusedres.ConvBNReLU(3, 4, 1).eval() for _ in range(2)]
     first, second = (torch.compile(m, backend="eager", fullgraph=True) for m in modules)
     torch.testing.assert_close(first(X), modules[0](X))
-    with use_backend("cuda"), pytest.raises(Exception, match="has no conv_bn kernel"):
+    with use_backend("cuda"), pytest.raises(Exception, match="serves cuda tensors, not cpu"):
         second(X)
     with use_backend("reference"):
         assert "ApplyTemplate" not in type(second(X).grad_fn).__name__

@@ -76,8 +76,12 @@ def test_only_the_bindings_know_python(includes):
 
 def test_a_contract_header_has_a_kernel_file_of_its_name(includes):
     headers = {Path(f).stem for f in includes if f.startswith("include/")}
-    kernels = {Path(f).stem for f in includes if f.startswith(("cpu/", "cuda/"))}
-    assert headers - {"types", "cuda_launch"} == kernels - {"driver"}
+    kernels = {Path(f) for f in includes if f.startswith(("cpu/", "cuda/"))}
+    kernels = {f.stem for f in kernels if f.suffix in (".cpp", ".cu")}
+    kernels = {stem.removesuffix("_fwd").removesuffix("_bwd") for stem in kernels}
+    # beside them: a second stage that two ops share, and batch_norm's kernel that ends in bn_act
+    others = {"driver", "finish_sums", "batch_norm_act"}
+    assert headers - {"types", "cuda_launch"} == kernels - others
 
 
 # --- the module -----------------------------------------------------------------------------------
@@ -166,13 +170,36 @@ def test_pool_window_is_checked(extension):
 def test_failed_launch_names_the_op_and_its_launch(cuda_extension):
     if cuda_extension.cuda_driver_status() is None:
         pytest.skip("a launch on a machine with a GPU does not fail")
-    with pytest.raises(RuntimeError, match=r"add_relu_fwd: .* device 0 "):
-        cuda_extension.add_relu_fwd_cuda(0, 1024, 0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"add_relu_fwd: .* on device 0, last launch: .*blocks"):
+        cuda_extension.add_relu_fwd((0, (1, 1, 1, 1024), 1, 0, 0), (16, 16, 16))
+
+
+@pytest.mark.parametrize("device", [-1, 0])
+def test_null_pointers_and_unknown_codes_are_refused(cuda_extension, device):
+    y, window = (0, (2, 8, 4, 4), 0, device, 0), (3, 2, 1)
+    calls = {
+        "bn_act_fwd": (y, True, (0,) * 9),
+        "bn_act_bwd": (y, (0,) * 11),
+        "batch_norm_bwd": (y, True, (0,) * 8, (0, 0), (0, 0)),
+        "bn_relu_maxpool_fwd": (y, window, (0,) * 5),
+        "bn_relu_maxpool_bwd": (y, window, (0,) * 9),
+        "add_relu_fwd": (y, (0,) * 3),
+        "add_relu_bwd": (y, (0,) * 3),
+    }
+    wrong = [(4, *y[1:]), (0, (2, 8, -4, 4), *y[2:]), (*y[:2], 2, *y[3:])]
+    for name, (_, *rest) in calls.items():
+        for head in wrong:
+            with pytest.raises(ValueError):
+                getattr(cuda_extension, name)(head, *rest)
+        if device >= 0:
+            with pytest.raises(RuntimeError, match=f"{name}: invalid argument"):
+                getattr(cuda_extension, name)(y, *rest)
 
 
 def test_empty_launch_is_no_launch(cuda_extension):
-    cuda_extension.add_relu_fwd_cuda(0, 0, 0, 0, 0, 0, 0)
-    cuda_extension.add_relu_bwd_cuda(0, 0, 0, 0, 0, 0, 0)
+    nothing = (0, (1, 1, 1, 0), 1, 0, 0)
+    cuda_extension.add_relu_fwd(nothing, (0, 0, 0))
+    cuda_extension.add_relu_bwd(nothing, (0, 0, 0))
 
 
 # --- determinism ----------------------------------------------------------------------------------

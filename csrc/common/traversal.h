@@ -9,8 +9,6 @@
 
 namespace fusedres {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls body(i) for i in [0, items). `work` is the number of elements behind all items: below a
 // few microseconds of it, waking the other threads costs more than they save.
 template <class Body>

@@ -42,11 +42,11 @@ void chunk_moments(const Shape& shape, const Tile& chunk, const T* y, double* me
 }
 
 template <class T>
-void batch_norm_stats(const BatchNormStatsParams& p) {
+void batch_norm_stats(const BatchNormStatsParams& p, int threads) {
   const Shape& shape = p.shape;
   const T* const y = static_cast<const T*>(p.y);
-  double* const partials = p.workspace;
-  for_each_item(shape, p.threads, [&](int64_t block, const Tile& item) {
+  double* const partials = static_cast<double*>(p.workspace);
+  for_each_item(shape, threads, [&](int64_t block, const Tile& item) {
     double* const mean = partials + block * 2 * shape.c + item.channel;
     double* const m2 = mean + shape.c;
     std::fill_n(mean, item.channels, 0.0);
@@ -65,7 +65,7 @@ void batch_norm_stats(const BatchNormStatsParams& p) {
   Acc* const out_var = static_cast<Acc*>(p.var);
   const int64_t blocks = partial_rows(shape);
   const double total = std::max<double>(1, shape.rows());
-  parallel_for(ceil_div(shape.c, kTile), blocks * shape.c, p.threads, [&](int64_t tile) {
+  parallel_for(ceil_div(shape.c, kTile), blocks * shape.c, threads, [&](int64_t tile) {
     const int64_t begin = tile * kTile, width = std::min(kTile, shape.c - begin);
     double mean[kTile] = {}, m2[kTile] = {};
     for (int64_t block = 0; block < blocks; ++block) {
@@ -81,7 +81,7 @@ void batch_norm_stats(const BatchNormStatsParams& p) {
 }
 
 template <class T>
-void batch_norm_bwd(const BatchNormBwdParams& p) {
+void batch_norm_bwd(const BatchNormBwdParams& p, int threads) {
   using Acc = acc_t<T>;
   const T* const g = static_cast<const T*>(p.g);
   const T* const y = static_cast<const T*>(p.y);
@@ -91,7 +91,7 @@ void batch_norm_bwd(const BatchNormBwdParams& p) {
   const Acc* const sums = static_cast<const Acc*>(p.sums);
   T* const dy = static_cast<T*>(p.dy);
   if (!p.training) {
-    elementwise(p.shape, p.threads,
+    elementwise(p.shape, threads,
                 [=](int64_t o, int64_t c) { dy[o] = from_acc<T>(scale[c] * to_acc(g[o])); });
     return;
   }
@@ -104,19 +104,21 @@ void batch_norm_bwd(const BatchNormBwdParams& p) {
     c0[c] = static_cast<Acc>(-scale[c] * (sums[c] / count));
     c1[c] = static_cast<Acc>(-scale[c] * r * r * (sums[channels + c] / count));
   }
-  elementwise(p.shape, p.threads, [=](int64_t o, int64_t c) {
+  elementwise(p.shape, threads, [=](int64_t o, int64_t c) {
     dy[o] = from_acc<T>(scale[c] * to_acc(g[o]) + c0[c] + c1[c] * (to_acc(y[o]) - mean[c]));
   });
 }
 
 }  // namespace
 
-void launch_batch_norm_stats(const BatchNormStatsParams& params) {
-  dispatch(params.dtype, [&](auto tag) { batch_norm_stats<typename decltype(tag)::type>(params); });
+void launch_batch_norm_stats(const BatchNormStatsParams& params, int threads) {
+  dispatch(params.dtype,
+           [&](auto tag) { batch_norm_stats<typename decltype(tag)::type>(params, threads); });
 }
 
-void launch_batch_norm_bwd(const BatchNormBwdParams& params) {
-  dispatch(params.dtype, [&](auto tag) { batch_norm_bwd<typename decltype(tag)::type>(params); });
+void launch_batch_norm_bwd(const BatchNormBwdParams& params, int threads) {
+  dispatch(params.dtype,
+           [&](auto tag) { batch_norm_bwd<typename decltype(tag)::type>(params, threads); });
 }
 
 }  // namespace fusedres

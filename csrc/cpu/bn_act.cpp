@@ -15,7 +15,7 @@ namespace fusedres {
 namespace {
 
 template <class T, bool kRelu>
-void bn_act_fwd(const BnActFwdParams& p) {
+void bn_act_fwd(const BnActFwdParams& p, int threads) {
   using Acc = acc_t<T>;
   const T* const y = static_cast<const T*>(p.y);
   const Acc* const mean = static_cast<const Acc*>(p.mean);
@@ -35,12 +35,12 @@ void bn_act_fwd(const BnActFwdParams& p) {
     return (to_acc(y[o]) - mean[c]) * scale[c] + bias[c];
   };
   if (residual == nullptr) {
-    elementwise(p.shape, p.threads, [=](int64_t o, int64_t c) { a[o] = act(normed(o, c)); });
+    elementwise(p.shape, threads, [=](int64_t o, int64_t c) { a[o] = act(normed(o, c)); });
   } else if (res_mean == nullptr) {
-    elementwise(p.shape, p.threads,
+    elementwise(p.shape, threads,
                 [=](int64_t o, int64_t c) { a[o] = act(normed(o, c) + to_acc(residual[o])); });
   } else {
-    elementwise(p.shape, p.threads, [=](int64_t o, int64_t c) {
+    elementwise(p.shape, threads, [=](int64_t o, int64_t c) {
       const Acc shortcut = (to_acc(residual[o]) - res_mean[c]) * res_scale[c] + res_bias[c];
       a[o] = act(normed(o, c) + shortcut);
     });
@@ -48,7 +48,7 @@ void bn_act_fwd(const BnActFwdParams& p) {
 }
 
 template <class T, bool kMask, bool kExtra, bool kResidual>
-void bn_act_bwd(const BnActBwdParams& p) {
+void bn_act_bwd(const BnActBwdParams& p, int threads) {
   using Acc = acc_t<T>;
   constexpr int kSums = kResidual ? 3 : 2;
   const T* const grad = static_cast<const T*>(p.grad);
@@ -59,9 +59,10 @@ void bn_act_bwd(const BnActBwdParams& p) {
   const T* const res_y = static_cast<const T*>(p.res_y);
   const Acc* const res_mean = static_cast<const Acc*>(p.res_mean);
   T* const g = static_cast<T*>(p.g);
+  double* const workspace = static_cast<double*>(p.workspace);
 
   sum_stage1<kSums, Acc>(
-      p.shape, p.threads, p.workspace, [](const Tile&) {},
+      p.shape, threads, workspace, [](const Tile&) {},
       [=](int64_t o, int64_t c) {
         Acc da = to_acc(grad[o]);
         if constexpr (kExtra) da += to_acc(extra[o]);
@@ -79,7 +80,7 @@ void bn_act_bwd(const BnActBwdParams& p) {
   const int64_t channels = p.shape.c;
   Acc* const sums = static_cast<Acc*>(p.sums);
   Acc* const res_sums = static_cast<Acc*>(p.res_sums);
-  sum_stage2(p.workspace, partial_rows(p.shape), kSums * channels, p.threads,
+  sum_stage2(workspace, partial_rows(p.shape), kSums * channels, threads,
              [=](int64_t column, double value) {
                const Acc sum = static_cast<Acc>(value);
                if (column < 2 * channels) sums[column] = sum;
@@ -92,22 +93,22 @@ void bn_act_bwd(const BnActBwdParams& p) {
 
 }  // namespace
 
-void launch_bn_act_fwd(const BnActFwdParams& params) {
+void launch_bn_act_fwd(const BnActFwdParams& params, int threads) {
   dispatch(params.dtype, [&](auto tag) {
     dispatch(params.relu, [&](auto relu) {
-      bn_act_fwd<typename decltype(tag)::type, decltype(relu)::value>(params);
+      bn_act_fwd<typename decltype(tag)::type, decltype(relu)::value>(params, threads);
     });
   });
 }
 
-void launch_bn_act_bwd(const BnActBwdParams& params) {
+void launch_bn_act_bwd(const BnActBwdParams& params, int threads) {
   dispatch(params.dtype, [&](auto tag) {
     // By res_sums: an empty tensor has a null pointer too, and its sums are still to be written.
     dispatch(params.a != nullptr, [&](auto mask) {
       dispatch(params.grad_extra != nullptr, [&](auto extra) {
         dispatch(params.res_sums != nullptr, [&](auto residual) {
           bn_act_bwd<typename decltype(tag)::type, decltype(mask)::value, decltype(extra)::value,
-                     decltype(residual)::value>(params);
+                     decltype(residual)::value>(params, threads);
         });
       });
     });

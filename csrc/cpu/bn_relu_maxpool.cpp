@@ -225,30 +225,29 @@ struct Pool {
 };
 
 template <class T>
-void bn_relu_maxpool_bwd(const BnReluMaxpoolBwdParams& p) {
+void bn_relu_maxpool_bwd(const BnReluMaxpoolBwdParams& p, int threads) {
   using Acc = acc_t<T>;
   const Pool<T> pool(p);
   const T* const grad = static_cast<const T*>(p.grad);
   T* const g = static_cast<T*>(p.g);
-  pool.find_winners(p.winners, p.threads);
+  double* const workspace = static_cast<double*>(p.workspace);
+  pool.find_winners(p.winners, threads);
 
   const T* const y = pool.y;
   const Acc* const mean = pool.mean;
   sum_stage1<2, Acc>(
-      p.shape, p.threads, p.workspace,
-      [&](const Tile& tile) { pool.gather(grad, p.winners, g, tile); },
+      p.shape, threads, workspace, [&](const Tile& tile) { pool.gather(grad, p.winners, g, tile); },
       [=](int64_t o, int64_t c) {
         const Acc value = to_acc(g[o]);
         return Terms<Acc>{value, value * (to_acc(y[o]) - mean[c])};
       });
   Acc* const sums = static_cast<Acc*>(p.sums);
-  sum_stage2(p.workspace, partial_rows(p.shape), 2 * p.shape.c, p.threads,
+  sum_stage2(workspace, partial_rows(p.shape), 2 * p.shape.c, threads,
              [=](int64_t column, double value) { sums[column] = static_cast<Acc>(value); });
 }
 
 void check(const PoolWindow& window) {
-  if (window.size < 1 || window.size > PoolWindow::kMaxSize || window.stride < 1 ||
-      window.padding < 0 || 2 * window.padding > window.size) {
+  if (!window.valid()) {
     throw std::invalid_argument(
         "bn_relu_maxpool: kernel_size must be 1 to 16, stride at least 1, padding at most half of "
         "kernel_size");
@@ -257,18 +256,18 @@ void check(const PoolWindow& window) {
 
 }  // namespace
 
-void launch_bn_relu_maxpool_fwd(const BnReluMaxpoolFwdParams& params) {
+void launch_bn_relu_maxpool_fwd(const BnReluMaxpoolFwdParams& params, int threads) {
   check(params.window);
   dispatch(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Pool<T>(params).forward(static_cast<T*>(params.p), params.threads);
+    Pool<T>(params).forward(static_cast<T*>(params.p), threads);
   });
 }
 
-void launch_bn_relu_maxpool_bwd(const BnReluMaxpoolBwdParams& params) {
+void launch_bn_relu_maxpool_bwd(const BnReluMaxpoolBwdParams& params, int threads) {
   check(params.window);
   dispatch(params.dtype,
-           [&](auto tag) { bn_relu_maxpool_bwd<typename decltype(tag)::type>(params); });
+           [&](auto tag) { bn_relu_maxpool_bwd<typename decltype(tag)::type>(params, threads); });
 }
 
 }  // namespace fusedres

@@ -8,19 +8,25 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fusedres._tensors import memory_format_of, stat_dtype
+from fusedres._tensors import stat_dtype, stored_format
+from fusedres.native import require
 
 # enum class DType and Layout in csrc/include/fusedres/types.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 NHWC, NCHW = 0, 1
 
-# dtype, sizes, layout, threads: how every per-channel kernel's arguments begin
-Head = tuple[int, torch.Size, int, int]
+# dtype, sizes, layout, device (-1: the CPU), threads or stream: how every kernel's arguments begin
+Head = tuple[int, tuple[int, ...], int, int, int]
 
 
-def pointer(tensor: Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def pointers(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Addresses of the first elements; 0 for None."""
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+
+def numbered(vector: Tensor | None) -> tuple[int, int]:
+    """A vector of a dtype of its own: its dtype's code and its address."""
+    return (0, 0) if vector is None else (DTYPES[vector.dtype], vector.data_ptr())
 
 
 def check(
@@ -36,9 +42,9 @@ def check(
     Raises:
         ValueError: one of them is not; nothing has run.
     """
-    if y.dim() != 4 or y.device.type != "cpu" or y.dtype not in DTYPES:
-        raise ValueError(f"{op}: y must be [N, C, H, W] on the CPU, got {_described(y)}")
-    memory_format = memory_format_of(y)
+    if y.dim() != 4 or y.device.type not in ("cpu", "cuda") or y.dtype not in DTYPES:
+        raise ValueError(f"{op}: y must be [N, C, H, W] on a CPU or GPU, got {_described(y)}")
+    memory_format = stored_format(y)
     for name, t in {"y": y, **full}.items():
         if t is not None and not (
             t.shape == y.shape
@@ -64,19 +70,52 @@ def check(
             )
 
 
+def check_parameters(op: str, y: Tensor, **vectors: Tensor | None) -> None:
+    """BatchNorm's own [C] vectors, of any floating dtype and stride.
+
+    Raises:
+        ValueError: one of them is none; nothing has run.
+    """
+    for name, v in vectors.items():
+        if v is not None and not (
+            tuple(v.shape) == (y.size(1),) and v.dtype in DTYPES and v.device == y.device
+        ):
+            raise ValueError(
+                f"{op}: {name} must be floating-point [{y.size(1)}] on {y.device}, got "
+                f"{_described(v)}"
+            )
+
+
 def _described(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)} with strides {list(t.stride())} on {t.device}"
 
 
+def where(t: Tensor) -> tuple[int, int]:
+    """Where a kernel runs on t: -1 and a number of threads, or a GPU's index and a stream."""
+    if t.device.type == "cpu":
+        return -1, torch.get_num_threads()
+    if not require().cuda_built:
+        raise RuntimeError(
+            "fusedres: got CUDA tensors, but the extension was built without CUDA kernels; "
+            "rebuild it with nvcc on PATH, or with FUSEDRES_CUDA=wheel"
+        )
+    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
+
+
 def head(y: Tensor) -> Head:
     """What a kernel must know of y besides its address."""
-    layout = NHWC if memory_format_of(y) == torch.channels_last else NCHW
-    return DTYPES[y.dtype], y.shape, layout, torch.get_num_threads()
+    layout = NHWC if stored_format(y) == torch.channels_last else NCHW
+    return DTYPES[y.dtype], tuple(y.shape), layout, *where(y)
+
+
+def on_cpu(args: Head) -> bool:
+    """Whether CPU kernels run."""
+    return args[3] < 0
 
 
 def like(y: Tensor) -> Tensor:
     """An uninitialised tensor of y's shape and dtype, dense in y's memory format."""
-    return torch.empty_like(y, memory_format=memory_format_of(y))
+    return torch.empty_like(y, memory_format=stored_format(y))
 
 
 def vectors(y: Tensor, *leading: int) -> Tensor:
@@ -84,6 +123,6 @@ def vectors(y: Tensor, *leading: int) -> Tensor:
     return torch.empty(*leading, y.size(1), dtype=stat_dtype(y.dtype), device=y.device)
 
 
-def workspace(rows: int, sums: int, y: Tensor) -> Tensor:
-    """Room for the partial results of a reduction, [rows, sums, C]."""
-    return torch.empty(rows, sums, y.size(1), dtype=torch.float64, device=y.device)
+def workspace(size: int, y: Tensor) -> Tensor:
+    """Room for the partial results of a reduction, so many bytes."""
+    return torch.empty(size, dtype=torch.uint8, device=y.device)

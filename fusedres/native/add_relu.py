@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.native import require
-from fusedres.native._args import DTYPES
+from fusedres.native import _args, require
+from fusedres.native._args import DTYPES, NCHW, pointers
 
 
 def _launch(name: str, first: Tensor, second: Tensor) -> Tensor:
@@ -24,18 +24,9 @@ def _launch(name: str, first: Tensor, second: Tensor) -> Tensor:
     ):
         raise ValueError(f"{name}: needs two tensors that are dense in one memory format")
     result = torch.empty_like(first)
-    pointers = (first.data_ptr(), second.data_ptr(), result.data_ptr())
-    c, dtype, device = require(), DTYPES[first.dtype], first.device
-    if device.type == "cpu":
-        getattr(c, name)(dtype, first.numel(), torch.get_num_threads(), *pointers)
-        return result
-    if not c.cuda_built:
-        raise RuntimeError(
-            f"fusedres: {name} got CUDA tensors, but the extension was built without CUDA kernels; "
-            "rebuild it with nvcc on PATH, or with FUSEDRES_CUDA=wheel"
-        )
-    stream = torch.cuda.current_stream(device).cuda_stream
-    getattr(c, f"{name}_cuda")(dtype, first.numel(), device.index, stream, *pointers)
+    sizes = (1, 1, 1, first.numel())  # element by element: how they are arranged does not matter
+    args = (DTYPES[first.dtype], sizes, NCHW, *_args.where(first))
+    getattr(require(), name)(args, pointers(first, second, result))
     return result
 
 

@@ -1,6 +1,10 @@
-"""Statistics of a BatchNorm and the gradient of its input (csrc/cpu/batch_norm.cpp)."""
+"""Statistics of a BatchNorm, the gradient of its input, and BatchNorm with its activation at once
+(csrc/cpu/batch_norm.cpp, csrc/cuda/batch_norm.cu, csrc/cuda/batch_norm_act.cu).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,43 +12,152 @@ from torch import Tensor
 from fusedres._norm import normalizers, parameter_gradients, update_running
 from fusedres._tensors import elements_per_channel, stat_dtype
 from fusedres.native import require
-from fusedres.native._args import check, head, like, pointer, vectors, workspace
+from fusedres.native._args import (
+    DTYPES,
+    Head,
+    check,
+    check_parameters,
+    head,
+    like,
+    numbered,
+    on_cpu,
+    pointers,
+    vectors,
+    workspace,
+)
+from fusedres.native.bn_act import bn_act_fwd
+
+# mean, biased var, rstd, scale, bias: [C] each
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def batch_norm_stats(
-    y: Tensor,  # [N, C, H, W]
+    y: Tensor,  # [N, C, H, W], on the CPU
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, [C] each; 0 for an empty y."""
     check("batch_norm_stats", y)
     c = require()
     args = head(y)
     mean, var = vectors(y), vectors(y)
-    work = workspace(c.partial_rows(args[1], args[2]), 2, y)
-    c.batch_norm_stats(*args, y.data_ptr(), mean.data_ptr(), var.data_ptr(), work.data_ptr())
+    work = workspace(c.batch_norm_stats_workspace(args), y)
+    c.batch_norm_stats(args, pointers(y, mean, var, work))
     return mean, var
+
+
+class _OnGpu:
+    """What a forward kernel on a GPU takes of a BatchNorm, and what follows it."""
+
+    def __init__(
+        self,
+        y: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+    ) -> None:
+        self.statistics: Statistics = tuple(vectors(y) for _ in range(5))  # type: ignore[assignment]
+        amount = None
+        if isinstance(momentum, Tensor):
+            amount = momentum.detach().to(y.device)
+            if amount.dtype not in DTYPES:
+                amount = amount.float()
+        self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
+        self.running = (running_mean, running_var)
+        self.stored = [
+            None if v is None else v.detach().contiguous()
+            for v in (bn_weight, bn_bias, amount, *self.running)
+        ]
+        self.vectors = tuple(numbered(v) for v in self.stored)
+        self.tensors = pointers(y, *self.statistics)
+
+    def settle(self) -> Statistics:
+        """The statistics; running ones that had to be copied to be contiguous move too."""
+        for running, moved in zip(self.running, self.stored[3:], strict=True):
+            if running is None or moved is None or running.data_ptr() == moved.data_ptr():
+                continue
+            running.copy_(moved)
+        return self.statistics
 
 
 def batch_norm_fwd(
     y: Tensor,  # [N, C, H, W]
-    bn_weight: Tensor | None,  # [C]
-    bn_bias: Tensor | None,  # [C]
-    running_mean: Tensor | None,  # [C], moved in place if training, else read
+    bn_weight: Tensor | None,  # [C], of any floating dtype, as are the next three
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,  # moved in place if training, else read
     running_var: Tensor | None,
     training: bool,
     momentum: float | Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Statistics:
     """mean, biased var, rstd, scale and bias: fresh [C] tensors, copies where they are frozen."""
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    args = _checked_head("batch_norm_fwd", y, *norm, training)
+    if not on_cpu(args):
+        c, gpu = require(), _OnGpu(y, *norm, momentum, eps)
+        given = (args, training, *gpu.numbers, gpu.vectors)
+        work = workspace(c.batch_norm_fwd_cuda_workspace(*given, (*gpu.tensors, 0)), y)
+        c.batch_norm_fwd_cuda(*given, (*gpu.tensors, work.data_ptr()))
+        return gpu.settle() if training else gpu.statistics
     if training:
         mean, var = batch_norm_stats(y)
         if running_mean is not None and running_var is not None:
             count = elements_per_channel(y)
             update_running(running_mean, running_var, mean, var, momentum, count)
     else:
-        assert running_mean is not None and running_var is not None  # the contract's check
+        assert running_mean is not None and running_var is not None  # checked
         dtype = stat_dtype(y.dtype)
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
     return mean, var, *normalizers(mean, var, bn_weight, bn_bias, eps)
+
+
+def _checked_head(
+    op: str,
+    y: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> Head:
+    check(op, y)
+    running = {"running_mean": running_mean, "running_var": running_var}
+    check_parameters(op, y, bn_weight=bn_weight, bn_bias=bn_bias, **running)
+    if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
+        raise ValueError(f"{op}: running_mean and running_var come together, and where frozen")
+    return head(y)
+
+
+def batch_norm_act_fwd(
+    y: Tensor,  # [N, C, H, W]
+    bn_weight: Tensor | None,  # [C], of any floating dtype, as are the next three
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,  # moved in place if training, else read
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,  # [N, C, H, W]
+    relu: bool,
+) -> tuple[Tensor, Statistics]:
+    """batch_norm_fwd and bn_act_fwd; on a GPU in one kernel where y fits on the chip."""
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    args = _checked_head("batch_norm_act_fwd", y, *norm, training)
+    check("batch_norm_act_fwd", y, {"residual": residual})
+    if training and not on_cpu(args):
+        c, gpu = require(), _OnGpu(y, *norm, momentum, eps)
+        a = like(y)
+        act = pointers(y, None, None, None, residual, None, None, None, a)
+        given: tuple[Any, ...] = (args, *gpu.numbers, gpu.vectors)
+        size = c.batch_norm_act_fwd_cuda_workspace(*given, (*gpu.tensors, 0), relu, act)
+        if size > 0:
+            work = workspace(size, y)
+            c.batch_norm_act_fwd_cuda(*given, (*gpu.tensors, work.data_ptr()), relu, act)
+            return a, gpu.settle()
+    statistics = batch_norm_fwd(y, *norm, training, momentum, eps)
+    mean, _, _, scale, bias = statistics
+    return bn_act_fwd(y, mean, scale, bias, residual, None, None, None, relu), statistics
 
 
 def batch_norm_bwd(
@@ -62,7 +175,18 @@ def batch_norm_bwd(
     per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
     dy = like(y)
-    work = vectors(y, 2)
-    inputs = (g, y, mean, scale, rstd, sums, dy, work)
-    require().batch_norm_bwd(*head(y), training, *map(pointer, inputs))
-    return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
+    args = head(y)
+    if on_cpu(args):
+        work = vectors(y, 2)  # named, so that it lives as long as its address is in use
+        inputs = pointers(g, y, mean, scale, rstd, sums, dy, work)
+        require().batch_norm_bwd(args, training, inputs, (0, 0), (0, 0))
+        return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
+    if y.numel() == 0:
+        return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
+    dweight, dbias = (
+        None if dtype is None else torch.empty(y.size(1), dtype=dtype, device=y.device)
+        for dtype in (weight_dtype, bias_dtype)
+    )
+    inputs = pointers(g, y, mean, scale, rstd, sums, dy, None)
+    require().batch_norm_bwd(args, training, inputs, numbered(dweight), numbered(dbias))
+    return dy, dweight, dbias

@@ -1,11 +1,12 @@
-"""Normalise, add a residual, apply ReLU, and its backward (csrc/cpu/bn_act.cpp)."""
+"""Normalise, add a residual, apply ReLU, and its backward (csrc/cpu/bn_act.cpp,
+csrc/cuda/bn_act.cu)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fusedres.native import require
-from fusedres.native._args import check, head, like, pointer, vectors, workspace
+from fusedres.native._args import check, head, like, pointers, vectors, workspace
 
 
 def bn_act_fwd(
@@ -28,7 +29,7 @@ def bn_act_fwd(
     check("bn_act_fwd", y, {"residual": residual}, per_channel)
     a = like(y)
     tensors = (y, mean, scale, bias, residual, res_mean, res_scale, res_bias, a)
-    require().bn_act_fwd(*head(y), relu, *map(pointer, tensors))
+    require().bn_act_fwd(head(y), relu, pointers(*tensors))
     return a
 
 
@@ -60,7 +61,7 @@ def bn_act_bwd(
         grad = g = out.copy_(grad)
     sums = vectors(y, 2)
     res_sums = None if res_y is None else vectors(y, 2)
-    work = workspace(c.partial_rows(args[1], args[2]), 2 if res_y is None else 3, y)
-    tensors = (grad, grad_extra, a, y, mean, res_y, res_mean, g, sums, res_sums, work)
-    c.bn_act_bwd(*args, *map(pointer, tensors))
+    tensors = pointers(grad, grad_extra, a, y, mean, res_y, res_mean, g, sums, res_sums)
+    work = workspace(c.bn_act_bwd_workspace(args, (*tensors, 0)), y)
+    c.bn_act_bwd(args, (*tensors, work.data_ptr()))
     return g, sums, res_sums

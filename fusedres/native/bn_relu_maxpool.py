@@ -1,13 +1,14 @@
-"""The stem's maxpool(relu(bn(y))) and its backward (csrc/cpu/bn_relu_maxpool.cpp)."""
+"""The stem's maxpool(relu(bn(y))) and its backward (csrc/cpu/bn_relu_maxpool.cpp,
+csrc/cuda/bn_relu_maxpool_*.cu)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fusedres._tensors import memory_format_of
+from fusedres._tensors import stored_format
 from fusedres.native import require
-from fusedres.native._args import check, head, like, pointer, vectors, workspace
+from fusedres.native._args import check, head, like, on_cpu, pointers, vectors, workspace
 
 
 def _pooled(extent: int, kernel_size: int, stride: int, padding: int) -> int:
@@ -39,10 +40,10 @@ def bn_relu_maxpool_fwd(
         (*y.shape[:2], height, width),
         dtype=y.dtype,
         device=y.device,
-        memory_format=memory_format_of(y),
+        memory_format=stored_format(y),
     )
-    tensors = (y, mean, scale, bias, p)
-    require().bn_relu_maxpool_fwd(*head(y), kernel_size, stride, padding, *map(pointer, tensors))
+    window = (kernel_size, stride, padding)
+    require().bn_relu_maxpool_fwd(head(y), window, pointers(y, mean, scale, bias, p))
     return p
 
 
@@ -65,17 +66,20 @@ def bn_relu_maxpool_bwd(
     if not (
         tuple(grad.shape) == pooled
         and (grad.dtype, grad.device) == (y.dtype, y.device)
-        and grad.is_contiguous(memory_format=memory_format_of(y))
+        and grad.is_contiguous(memory_format=stored_format(y))
     ):
         raise ValueError(
-            f"{op}: grad must be {y.dtype} {list(pooled)}, dense in {memory_format_of(y)}, got "
+            f"{op}: grad must be {y.dtype} {list(pooled)}, dense in {stored_format(y)}, got "
             f"{grad.dtype} {list(grad.shape)} with strides {list(grad.stride())}"
         )
     c = require()
     args = head(y)
     g, sums = like(y), vectors(y, 2)
-    winners = torch.empty(grad.numel(), dtype=torch.uint8, device=y.device)
-    work = workspace(c.partial_rows(args[1], args[2]), 2, y)
-    tensors = (grad, y, mean, scale, bias, g, sums, winners, work)
-    c.bn_relu_maxpool_bwd(*args, kernel_size, stride, padding, *map(pointer, tensors))
+    window = (kernel_size, stride, padding)
+    winners = None
+    if on_cpu(args):
+        winners = torch.empty(grad.numel(), dtype=torch.uint8, device=y.device)
+    tensors = pointers(grad, y, mean, scale, bias, g, sums, winners)
+    work = workspace(c.bn_relu_maxpool_bwd_workspace(args, window, (*tensors, 0)), y)
+    c.bn_relu_maxpool_bwd(args, window, (*tensors, work.data_ptr()))
     return g, sums

@@ -40,11 +40,13 @@ class Report(list[Row]):
         return "\n".join([*lines, f"{fused} of {len(self)} layers fused"])
 
 
-def _plan(choice: backends.Choice, conv: nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> str:
-    """The plan of a convolution whose input is not known yet: taken as large."""
+def _way(
+    choice: backends.Choice, conv: nn.Conv2d, weight: Tensor, dtype: torch.dtype
+) -> tuple[str, str]:
+    """Backend and plan of a convolution whose input is not known yet: taken as large."""
     stride, dilation = (tuple(p) for p in (conv.stride, conv.dilation))
     geometry = Conv(stride, padding_of(conv), dilation, conv.groups)  # type: ignore[arg-type]
-    return backends.plan_of(choice, dtype, weight, geometry)
+    return backends.way_of(choice, dtype, weight, geometry)
 
 
 def report(model: nn.Module) -> Report:
@@ -84,8 +86,8 @@ def report(model: nn.Module) -> Report:
             dtype = compute_dtype(weight)
             choice = backends.choose("conv_bn", weight.device.type, dtype)
             assert isinstance(conv, nn.Conv2d)  # else there is a reason
-            plan = _plan(choice, conv, weight, dtype)
-            runs = "plain" if choice.backend == "reference" else "fused"
+            backend, plan = _way(choice, conv, weight, dtype)
+            runs = "plain" if backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))
-            rows.append(Row(name, runs, choice.backend, plan, why))
+            rows.append(Row(name, runs, backend, plan, why))
     return rows

@@ -1,9 +1,10 @@
 """Weights cast to the compute dtype together, once a step, for all convolutions of a model.
 
 Under autocast every convolution needs its fp32 parameter in a half type, forward and backward. A
-model opens `packing` around its forward: all of them are cast by one multi-tensor copy into one
-buffer. Nodes save their part of it, so it is freed with the last of them in backward; there is no
-cache beyond it, and nothing can go stale under the replay of a CUDA graph.
+model opens `packing` around its forward: all of them are cast into one buffer, on a GPU by one
+kernel that also stores them in channels_last, else by one multi-tensor copy. Nodes save their part
+of it, so it is freed with the last of them in backward; there is no cache beyond it, and nothing
+can go stale under the replay of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,19 +16,15 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from fusedres import backends
+from fusedres.native._pack import pack
+
 
 class PackedWeights:
-    """Casts of some weights, each as its parameter is strided, one after the other in a buffer."""
+    """Casts of some weights, one after the other in a buffer, each on 16 bytes."""
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-        # 16-byte alignment for every one of them
-        sizes = [-(-w.numel() // 8) * 8 for w in weights]
-        buffer = weights[0].new_empty(sum(sizes), dtype=dtype)
-        views = [
-            chunk[: w.numel()].as_strided(w.shape, w.stride(), chunk.storage_offset())
-            for chunk, w in zip(buffer.split(sizes), weights, strict=True)
-        ]
-        torch._foreach_copy_(views, list(weights))
+        views = pack(weights, dtype) if _kernel_serves(weights, dtype) else _copies(weights, dtype)
         self._casts = {
             w.data_ptr(): (w, _version(w), v) for w, v in zip(weights, views, strict=True)
         }
@@ -48,6 +45,26 @@ class PackedWeights:
             dtype,
         )
         return cast if same == asked else None
+
+
+def _kernel_serves(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether there is one launch for them all."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not half or any(w.dtype != torch.float32 or w.numel() >= 2**31 for w in weights):
+        return False
+    return backends.unavailable("cuda", "bn_act", weights[0].device.type, dtype) is None
+
+
+def _copies(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Casts, each as its parameter is strided."""
+    sizes = [-(-w.numel() // 8) * 8 for w in weights]
+    buffer = weights[0].new_empty(sum(sizes), dtype=dtype)
+    views = [
+        chunk[: w.numel()].as_strided(w.shape, w.stride(), chunk.storage_offset())
+        for chunk, w in zip(buffer.split(sizes), weights, strict=True)
+    ]
+    torch._foreach_copy_(views, list(weights))
+    return views
 
 
 _scope: ContextVar[PackedWeights | None] = ContextVar("fusedres_packed", default=None)

@@ -91,8 +91,8 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         residual = residual.to(contract.compute_dtype(residual))
         x = x.to(contract.compute_dtype(x))
     contract.check_residual(op, "residual", residual, x, tuple(x.shape), x.dtype)
-    choice = backends.choose(op, x.device.type, x.dtype)
+    backend = backends.backend_for(op, x)
     x = contract.dense(x, memory_format_of(x)) if x.dim() == 4 else x.contiguous()
-    if choice.backend == "reference" or contract.exporting():
+    if backend == "reference" or contract.exporting():
         return reference_add_relu(x, residual)
-    return AddReluFunction.apply(x, as_stored(residual, x), choice.backend)
+    return AddReluFunction.apply(x, as_stored(residual, x), backend)

@@ -1,5 +1,5 @@
 """batch_norm: the statistics of a tensor that is already in memory, as a Deferred; conv_bn without
-the convolution.
+the convolution. batch_norm_act: its value at once, for those who want nothing deferred.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ library.define(
     " bool training, ScalarType? weight_dtype, ScalarType? bias_dtype, str backend)"
     " -> (Tensor dy, Tensor dweight, Tensor dbias)"
 )
+library.define(
+    "batch_norm_act_fwd(Tensor y, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, bool training, float momentum, Tensor? momentum_tensor, float eps,"
+    " Tensor? residual, bool relu, str backend) -> (Tensor out, Tensor mean, Tensor rstd,"
+    " Tensor scale)"
+)
 
 
 def _fwd(
@@ -50,6 +56,32 @@ def _fwd(
     norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
     moves(training, *running)
     return kernel(y, *norm)
+
+
+def _act_fwd(
+    y: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    momentum_tensor: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    kernel = backends.kernels(backend, "batch_norm").batch_norm_act_fwd
+    running = (running_mean, running_var)
+    norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
+    moves(training, *running)
+    out, (mean, _, rstd, scale, _) = kernel(y, *norm, residual, relu)
+    return out, mean, rstd, scale
+
+
+def _act_fwd_fake(y: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return torch.empty_like(y), *statistics_fake(y)[:3]
 
 
 def _bwd(
@@ -124,7 +156,9 @@ def present(gradients: Sequence[Tensor], *types: torch.dtype | None) -> list[Ten
 
 library.impl("batch_norm_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_bwd", _bwd, "CompositeExplicitAutograd")
+library.impl("batch_norm_act_fwd", _act_fwd, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedres::batch_norm_fwd", statistics_fake)
+torch.library.register_fake("fusedres::batch_norm_act_fwd", _act_fwd_fake)
 torch.library.register_fake("fusedres::batch_norm_bwd", _bwd_fake)
 
 
@@ -202,7 +236,95 @@ class BatchNormFunction(torch.autograd.Function):
         return dy, *gradients, None, None, None, None, None, None
 
 
-# --- the public function --------------------------------------------------------------------------
+class BatchNormActFunction(torch.autograd.Function):
+    """y, weight, bias, running_mean, running_var, residual, training, momentum, eps, relu, backend
+    -> out. Saves y, mean, rstd, scale, and the output where ReLU is on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float | Tensor,
+        eps: float,
+        relu: bool,
+        backend: str,
+    ) -> Tensor:
+        amount = momentum_arguments(momentum)
+        out, mean, rstd, scale = torch.ops.fusedres.batch_norm_act_fwd(
+            y, weight, bias, running_mean, running_var, training, *amount, eps, residual, relu,
+            backend,
+        )  # fmt: skip
+        ctx.save_for_backward(y, mean, rstd, scale, out if relu else None)
+        ctx.parameters = dtype_of(weight), dtype_of(bias)
+        ctx.training, ctx.backend = training, backend
+        ctx.has_residual = residual is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, mean, rstd, scale, out = contract.stored_alike(*ctx.saved_tensors)
+        grad = contract.dense(grad, memory_format_of(y))
+        g, sums, _ = torch.ops.fusedres.bn_act_bwd(grad, out, y, mean, None, None, ctx.backend)
+        if out is None:
+            g = grad
+        dy = None
+        if ctx.needs_input_grad[0]:
+            dy, *gradients = torch.ops.fusedres.batch_norm_bwd(
+                g, y, mean, scale, rstd, sums, ctx.training, *ctx.parameters, ctx.backend
+            )
+            gradients = present(gradients, *ctx.parameters)
+        else:
+            gradients = list(parameter_gradients(sums, rstd, *ctx.parameters))
+        g_residual = g if ctx.has_residual else None
+        return dy, *gradients, None, None, g_residual, None, None, None, None, None
+
+
+# --- the public functions -------------------------------------------------------------------------
+
+
+def _checked(
+    y: object,
+    bn_weight: object,
+    bn_bias: object,
+    running_mean: object,
+    running_var: object,
+    training: object,
+    momentum: object,
+    eps: object,
+    residual: object,
+    relu: object,
+) -> tuple[Tensor, contract.BatchNorm, Tensor | Deferred | None, str]:
+    """y dense in the compute dtype, BatchNorm's arguments, the residual, and the backend."""
+    op = "batch_norm"
+    y = contract.check_tensor(op, "y", y)
+    bn = contract.check_batch_norm(
+        op, y, y.size(1), bn_weight, bn_bias, running_mean, running_var, training, momentum, eps
+    )
+    contract.check_bool(op, "relu", relu)
+    contract.check_count(op, tuple(y.shape), bn.training)
+    residual = contract.check_join(op, residual, y, tuple(y.shape))
+    y = contract.dense(y.to(contract.compute_dtype(y)), memory_format_of(y))
+    backend = backends.backend_for(op, y)
+    return y, bn, residual, "reference" if contract.exporting() else backend
+
+
+def _reference(
+    y: Tensor, bn: contract.BatchNorm, residual: Tensor | Deferred | None, relu: bool
+) -> Deferred:
+    """By plain torch under ordinary autograd."""
+    mean, var, scale, bias = reference_batch_norm(
+        y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.eps
+    )
+    contract.update_running(bn, mean, var, y)
+    return Deferred(y, mean, scale, bias, residual, relu)
 
 
 def batch_norm(
@@ -240,25 +362,48 @@ def batch_norm(
             value per channel in training.
         RuntimeError: the backend asked for by name cannot serve these tensors.
     """
-    op = "batch_norm"
-    y = contract.check_tensor(op, "y", y)
-    bn = contract.check_batch_norm(
-        op, y, y.size(1), bn_weight, bn_bias, running_mean, running_var, training, momentum, eps
+    y, bn, residual, backend = _checked(
+        y, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, residual, relu
     )
-    contract.check_bool(op, "relu", relu)
-    contract.check_count(op, tuple(y.shape), training)
-    residual = contract.check_join(op, residual, y, tuple(y.shape))
-    y = contract.dense(y.to(contract.compute_dtype(y)), memory_format_of(y))
-    backend = backends.choose(op, y.device.type, y.dtype).backend
-    sums: Tensor | None = None
-    if backend == "reference" or contract.exporting():
-        mean, var, scale, bias = reference_batch_norm(
-            y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.eps
-        )
-        contract.update_running(bn, mean, var, y)
-    else:
-        y, sums, mean, scale, bias = BatchNormFunction.apply(
-            y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.momentum,
-            bn.eps, backend,
-        )  # fmt: skip
+    if backend == "reference":
+        return _reference(y, bn, residual, relu)
+    y, sums, mean, scale, bias = BatchNormFunction.apply(
+        y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps,
+        backend,
+    )  # fmt: skip
     return Deferred(y, mean, scale, bias, residual, relu, sums)
+
+
+def batch_norm_act(
+    y: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """`batch_norm(...).value()` as one node, on a GPU in one kernel where y fits on the chip.
+
+    Args and Raises: those of `batch_norm`, but residual is no Deferred.
+
+    Returns:
+        [N, C, H, W] in the compute dtype, in y's memory format (channels_last on a GPU).
+    """
+    if isinstance(residual, Deferred):
+        raise TypeError("batch_norm: residual must be a Tensor or None here, got Deferred")
+    y, bn, joined, backend = _checked(
+        y, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, residual, relu
+    )
+    if backend == "reference":
+        return _reference(y, bn, joined, relu).value()
+    if isinstance(joined, Tensor):
+        joined = contract.dense(joined, memory_format_of(y))
+    return BatchNormActFunction.apply(
+        y, bn.weight, bn.bias, bn.running_mean, bn.running_var, joined, bn.training, bn.momentum,
+        bn.eps, relu, backend,
+    )  # fmt: skip

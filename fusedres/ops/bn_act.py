@@ -142,8 +142,8 @@ def bn_act(input: Deferred) -> Tensor:
     if not isinstance(input, Deferred):
         raise TypeError(f"bn_act: input must be a Deferred, got {type(input).__name__}")
     contract.check_deferred("bn_act", "input", input)
-    choice = backends.choose("bn_act", input.device.type, input.dtype)
-    backend = "reference" if contract.exporting() else choice.backend
+    backend = backends.backend_for("bn_act", input.y)
+    backend = "reference" if contract.exporting() else backend
     input = settle("bn_act", input, backend)
     if backend == "reference" or input.is_ordinary():
         return reference_value(input)

@@ -171,7 +171,7 @@ def bn_relu_maxpool(
             f"{op}: kernel_size {kernel_size} does not fit the padded input (shape "
             f"{list(input.shape)}, padding {padding})"
         )
-    backend = backends.choose(op, input.device.type, input.dtype).backend
+    backend = backends.backend_for(op, input.y)
     if contract.exporting():
         backend = "reference"
     d = settle(op, input, backend)

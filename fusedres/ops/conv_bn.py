@@ -548,9 +548,10 @@ def conv_bn(
             contract.update_running(bn, mean, var, y)
         else:
             tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
+            backend, plan = backends.way_of(choice, dtype, weight, conv, shape)
             config = _Config(
                 isinstance(input, Deferred) and input.relu, emit, conv, bn.training, bn.momentum,
-                bn.eps, backend, backends.plan_of(choice, dtype, weight, conv, shape),
+                bn.eps, backend, plan,
                 packed_weights(),
             )  # fmt: skip
             y, sums, mean, scale, bias, emitted = ConvBNFunction.apply(

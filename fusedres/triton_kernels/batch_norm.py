@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedres._norm import parameter_gradients
 from fusedres.triton_kernels._args import acc, check, described, like, rows, vectors
 from fusedres.triton_kernels._launch import launch
-from fusedres.triton_kernels.bn_act import WARPS, chunks, second_stage, tile
+from fusedres.triton_kernels.bn_act import WARPS, bn_act_fwd, chunks, second_stage, tile
 from fusedres.triton_kernels.device.batch_norm import (
     batch_norm_bwd_kernel,
     batch_norm_finish_kernel,
@@ -49,6 +49,26 @@ def batch_norm_fwd(
         return _finish("batch_norm_fwd", None, 1, y, *norm, 0.0, eps)
     part, rows_per_part = _partial_moments(y)
     return _finish("batch_norm_fwd", part, rows_per_part, y, *norm, momentum, eps)
+
+
+def batch_norm_act_fwd(
+    y: Tensor,  # [N, C, H, W]
+    bn_weight: Tensor | None,  # [C], of any floating dtype, as are the next three
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,  # moved in place if training, read if not
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,  # [N, C, H, W]
+    relu: bool,
+) -> tuple[Tensor, Statistics]:
+    """batch_norm_fwd and bn_act_fwd."""
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    check("batch_norm_act_fwd", y, {"residual": residual})
+    statistics = batch_norm_fwd(y, *norm, training, momentum, eps)
+    mean, _, _, scale, bias = statistics
+    return bn_act_fwd(y, mean, scale, bias, residual, None, None, None, relu), statistics
 
 
 def finish_statistics(

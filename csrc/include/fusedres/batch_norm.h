@@ -1,7 +1,12 @@
-// Batch normalisation's two passes over memory: statistics forward, gradient of the input backward.
+// Batch normalisation's passes over memory: statistics forward, gradient of the input backward; and
+// forward all at once where the tensor fits on chip.
 #pragma once
 
 #include "fusedres/types.h"
+#ifdef FUSEDRES_WITH_CUDA
+#include "fusedres/bn_act.h"
+#include "fusedres/cuda_launch.h"
+#endif
 
 namespace fusedres {
 
@@ -9,11 +14,10 @@ namespace fusedres {
 struct BatchNormStatsParams {
   DType dtype;
   Shape shape;
-  int threads;
-  const void* y;      // [N, C, H, W]
-  void* mean;         // [C], float (double for a double y)
-  void* var;          // [C], the same
-  double* workspace;  // [partial_rows(shape), 2, C]
+  const void* y;    // [N, C, H, W]
+  void* mean;       // [C], float (double for a double y)
+  void* var;        // [C], the same
+  void* workspace;  // double [partial_rows(shape), 2, C]
 };
 
 // dy = scale*g + c0 + c1*(y - mean), with c0 = -scale*S0/M and c1 = -scale*rstd^2*S1/M in training,
@@ -21,19 +25,60 @@ struct BatchNormStatsParams {
 struct BatchNormBwdParams {
   DType dtype;
   Shape shape;
-  int threads;
   bool training;
-  const void* g;      // [N, C, H, W]
-  const void* y;      // [N, C, H, W]
-  const void* mean;   // [C], float (double for a double y); as are the next three
-  const void* scale;  // [C]
-  const void* rstd;   // [C]
-  const void* sums;   // [2, C]: S0 = sum g, S1 = sum g*(y - mean)
-  void* dy;           // [N, C, H, W], may be g or y itself
-  void* workspace;    // [2, C], like sums: c0 and c1
+  const void* g;          // [N, C, H, W]
+  const void* y;          // [N, C, H, W]
+  const void* mean;       // [C], float (double for a double y); as are the next three
+  const void* scale;      // [C]
+  const void* rstd;       // [C]
+  const void* sums;       // [2, C]: S0 = sum g, S1 = sum g*(y - mean)
+  void* dy;               // [N, C, H, W], may be g or y itself
+  void* workspace;        // CPU: [2, C], like sums: c0 and c1
+  MutableVector dweight;  // CUDA: [C] = S1*rstd, or null
+  MutableVector dbias;    // CUDA: [C] = S0, or null
 };
 
-void launch_batch_norm_stats(const BatchNormStatsParams& params);
-void launch_batch_norm_bwd(const BatchNormBwdParams& params);
+void launch_batch_norm_stats(const BatchNormStatsParams& params, int threads);
+void launch_batch_norm_bwd(const BatchNormBwdParams& params, int threads);
+
+#ifdef FUSEDRES_WITH_CUDA
+// Statistics of y and all that follows from them per channel. In training mean and biased var are
+// the batch's and running statistics move towards mean and unbiased var; else they are copies of
+// the running ones, and y is not read.
+struct BatchNormFwdParams {
+  DType dtype;
+  Shape shape;
+  bool training;
+  double momentum, eps;
+  const void* y;                // [N, C, H, W]
+  ConstVector weight, bias;     // [C], or null for ones and zeros
+  ConstVector momentum_vector;  // [1], counts instead of momentum, or null
+  MutableVector running_mean;   // [C], moved if training, else read; or null
+  MutableVector running_var;    // [C], the same
+  void* mean;                   // [C], float (double for a double y); as are the next four
+  void* var;                    // [C], biased
+  void* rstd;                   // [C]
+  void* scale;                  // [C] = weight*rstd
+  void* shift;                  // [C], a copy of bias
+  void* workspace;              // batch_norm_fwd_workspace() bytes
+};
+
+// On the given device and stream; `config` tells what was launched, for error messages.
+cudaError_t launch_batch_norm_fwd(const BatchNormFwdParams& params, const CudaTarget& target,
+                                  LaunchConfig* config);
+cudaError_t launch_batch_norm_bwd(const BatchNormBwdParams& params, const CudaTarget& target,
+                                  LaunchConfig* config);
+cudaError_t batch_norm_fwd_workspace(const BatchNormFwdParams& params, int device, int64_t* bytes);
+
+// launch_batch_norm_fwd in training and launch_bn_act_fwd by one cooperative kernel that reads y
+// once: it stays in shared memory while the grid agrees on the statistics. `act` has y, the
+// residual (a plain tensor, or null) and a; its mean, scale and bias are this kernel's results.
+cudaError_t launch_batch_norm_act_fwd(const BatchNormFwdParams& params, const BnActFwdParams& act,
+                                      const CudaTarget& target, LaunchConfig* config);
+// Bytes of its workspace; 0 where y does not fit on the chip, or a tensor is not made of 16-byte
+// vectors.
+cudaError_t batch_norm_act_fwd_workspace(const BatchNormFwdParams& params,
+                                         const BnActFwdParams& act, int device, int64_t* bytes);
+#endif
 
 }  // namespace fusedres

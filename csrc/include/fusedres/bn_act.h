@@ -2,6 +2,9 @@
 #pragma once
 
 #include "fusedres/types.h"
+#ifdef FUSEDRES_WITH_CUDA
+#include "fusedres/cuda_launch.h"
+#endif
 
 namespace fusedres {
 
@@ -12,7 +15,6 @@ namespace fusedres {
 struct BnActFwdParams {
   DType dtype;
   Shape shape;
-  int threads;
   bool relu;
   const void* y;          // [N, C, H, W]
   const void* mean;       // [C], float (double for a double y); as are all vectors
@@ -31,7 +33,6 @@ struct BnActFwdParams {
 struct BnActBwdParams {
   DType dtype;
   Shape shape;
-  int threads;
   const void* grad;        // [N, C, H, W]
   const void* grad_extra;  // [N, C, H, W] or null
   const void* a;           // [N, C, H, W], or null: no ReLU
@@ -42,10 +43,20 @@ struct BnActBwdParams {
   void* g;                 // [N, C, H, W], may be grad itself; not written without a or grad_extra
   void* sums;              // [2, C], like mean
   void* res_sums;          // [2, C], or null without res_y
-  double* workspace;       // [partial_rows(shape), res_sums ? 3 : 2, C]
+  void* workspace;         // CPU: double [partial_rows(shape), res_sums ? 3 : 2, C];
+                           // CUDA: bn_act_bwd_workspace() bytes
 };
 
-void launch_bn_act_fwd(const BnActFwdParams& params);
-void launch_bn_act_bwd(const BnActBwdParams& params);
+void launch_bn_act_fwd(const BnActFwdParams& params, int threads);
+void launch_bn_act_bwd(const BnActBwdParams& params, int threads);
+
+#ifdef FUSEDRES_WITH_CUDA
+// On the given device and stream; `config` tells what was launched, for error messages.
+cudaError_t launch_bn_act_fwd(const BnActFwdParams& params, const CudaTarget& target,
+                              LaunchConfig* config);
+cudaError_t launch_bn_act_bwd(const BnActBwdParams& params, const CudaTarget& target,
+                              LaunchConfig* config);
+cudaError_t bn_act_bwd_workspace(const BnActBwdParams& params, int device, int64_t* bytes);
+#endif
 
 }  // namespace fusedres

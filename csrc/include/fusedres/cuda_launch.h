@@ -10,9 +10,12 @@ struct CudaTarget {
   cudaStream_t stream;
 };
 
+// The last kernel that a launcher started or failed to start, for error messages.
 struct LaunchConfig {
+  const char* kernel = "no kernel";
   unsigned blocks = 0, threads = 0;
-  int vector = 0;  // elements per load
+  size_t shared_bytes = 0;
+  bool cooperative = false;  // all blocks are resident at once
 };
 
 // Null when a driver and a device can be used, else the reason, as static text.

@@ -5,6 +5,8 @@
 
 namespace fusedres {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The values are part of the Python side's contract (fusedres/native/_args.py).
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 enum class Layout : int { kNHWC = 0, kNCHW = 1 };
@@ -22,13 +24,24 @@ struct Shape {
   bool channels_inner() const { return layout == Layout::kNHWC || h * w == 1; }
 };
 
+// A [C] vector of a dtype of its own, as parameters and running statistics have one; data may be
+// null.
+struct ConstVector {
+  DType dtype;
+  const void* data;
+};
+struct MutableVector {
+  DType dtype;
+  void* data;
+};
+
 // Rows of the partial results that a per-channel reduction leaves for its second stage, from the
 // sizes alone: neither the thread count nor the machine may change the order of a sum. An NHWC
 // tensor is cut into blocks of at least 64 pixels, an NCHW tensor into its images.
 inline int64_t partial_rows(const Shape& shape) {
   constexpr int64_t kMinRows = 64, kMaxPartials = 1024;
   if (!shape.channels_inner()) return shape.n;
-  const int64_t blocks = (shape.rows() + kMinRows - 1) / kMinRows;
+  const int64_t blocks = ceil_div(shape.rows(), kMinRows);
   return blocks < kMaxPartials ? blocks : kMaxPartials;
 }
 
