@@ -54,13 +54,8 @@ class NinjaBuild(build_ext):
         shutil.copyfile(module, target)
 
     def rules(self, build: Path, module: Path, cxx: list[str], pybind11_include: str) -> str:
-        common = [
-            "-std=c++17",
-            "-O3",
-            "-Icsrc",
-            "-Icsrc/include",
-            *(["-g", "-DFUSEDRES_DEBUG"] if DEBUG else []),
-        ]
+        common = ["-std=c++17", "-O3", "-Icsrc", "-Icsrc/include"]
+        common += ["-g", "-DFUSEDRES_DEBUG"] if DEBUG else []
         # No kernel looks at floating-point exception flags; kept, they would forbid vector selects.
         host = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-trapping-math"]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]

@@ -269,9 +269,13 @@ void bind_batch_norm(py::module_& m) {
         const py::gil_scoped_release no_gil;
         LaunchConfig config;
         const CudaTarget target = target_of(head);
-        throw_on_error("batch_norm_act_fwd",
-                       launch_batch_norm_act_fwd(params, act_params, target, &config),
-                       target.device, config);
+        const cudaError_t status = launch_batch_norm_act_fwd(params, act_params, target, &config);
+        if (status == cudaErrorCooperativeLaunchTooLarge) {
+          cudaGetLastError();  // this context has fewer multiprocessors than the device
+          return false;
+        }
+        throw_on_error("batch_norm_act_fwd", status, target.device, config);
+        return true;
       },
       "head"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a, "relu"_a, "act"_a);
   m.def(

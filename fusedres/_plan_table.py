@@ -20,6 +20,8 @@ PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
 _KERNELS = {"fwd", "dgrad", "wgrad"}
+_LIGHT_OPS = {"batch_norm", "bn_act", "bn_relu_maxpool", "add_relu"}
+_LIGHT_BACKENDS = {"cpp", "cuda", "triton"}
 _LIGHT = {"device", "dtype", "op", "bytes", "backend"}
 _FIELDS = {"BM", "BN", "BK", "num_warps", "num_stages"}
 
@@ -82,6 +84,11 @@ def _check_light(entry: dict[str, Any]) -> None:
         raise ValueError(f"{PATH}: an entry of an op has {sorted(_LIGHT)}, got {sorted(entry)}")
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
+    if entry["op"] not in _LIGHT_OPS or entry["backend"] not in _LIGHT_BACKENDS:
+        raise ValueError(
+            f"{PATH}: op must be one of {sorted(_LIGHT_OPS)} and backend one of "
+            f"{sorted(_LIGHT_BACKENDS)}, got {entry['op']!r} and {entry['backend']!r}"
+        )
     sizes = entry["bytes"]
     if len(sizes) != 2 or not isinstance(sizes[0], int) or not isinstance(sizes[1], int | None):
         raise ValueError(f"{PATH}: bytes must be [least, most or null], got {sizes!r}")

@@ -183,9 +183,28 @@ def not_ready(name: str) -> str | None:
                 "FUSEDRES_CUDA=1, or with FUSEDRES_CUDA=wheel, which brings nvcc along"
             )
         if name == "cuda":
-            return extension.cuda_driver_status()
+            return extension.cuda_driver_status() or _cuda_without_code(extension.cuda_archs)
     if name == "triton":
         return _triton_not_ready()
+    return None
+
+
+def _cuda_without_code(archs: list[str]) -> str | None:
+    """Which GPU the extension holds no code for: machine code serves its generation from its own
+    minor version on, the PTX of the newest architecture whatever comes after it.
+    """
+    if torch.cuda.device_count() == 0:
+        return None
+    built = [(int(a.rstrip("af")[:-1]), int(a.rstrip("af")[-1]), a) for a in archs]
+    newest = max((b[:2] for b in built if b[2].isdigit()), default=(99, 0))
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if (major, minor) < newest and not any(major == b[0] and minor >= b[1] for b in built):
+            return (
+                f"{torch.cuda.get_device_name(i)} has compute capability {major}.{minor}, "
+                f"fusedres._C was built for {' '.join(archs)}; reinstall with "
+                f"FUSEDRES_CUDA_ARCHS={major}{minor}"
+            )
     return None
 
 
@@ -230,7 +249,10 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
                 f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' falls back)"
             )
     if op == "conv_bn" and plan != "auto" and plan not in BACKENDS[backend].plans:
-        raise RuntimeError(f"conv_bn: backend {backend!r} has no {plan!r} plan; use_plan('auto')")
+        because = f" ({reason})" if reason else ""
+        raise RuntimeError(
+            f"conv_bn: backend {backend!r} has no {plan!r} plan{because}; use_plan('auto')"
+        )
     return Choice(backend, plan, reason, light)
 
 

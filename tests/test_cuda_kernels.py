@@ -32,6 +32,7 @@ SUITES = {
     "test_batch_norm": "cuda and not gradcheck and not (nchw and 2048)",
     "test_add_relu": "cuda and not gradcheck and not gpu",
     "test_functional": "cuda and not gradcheck",
+    "test_fuzz": "cuda",
 }
 
 Run = subprocess.CompletedProcess[str]

@@ -5,8 +5,9 @@
 // block, whose lanes merge every 32nd partial row and then each other; in the same launch rstd,
 // scale, bias and the running statistics follow.
 // Backward: every thread makes the coefficients of its channels from the sums it is given, then
-// goes down its rows; reads g and y, writes dy: 6 bytes per element of a half type. The blocks of
-// the first chunk leave dweight and dbias, which need nothing but the sums.
+// goes up its rows, as the pass that took the sums went down; reads g and y, writes dy: 6 bytes per
+// element of a half type. The blocks of the first chunk leave dweight and dbias, which need nothing
+// but the sums.
 #include <cmath>
 
 #include "cuda/moments.h"
@@ -17,7 +18,7 @@ namespace fusedres {
 constexpr int kFinishColumns = 8;  // a row of 32 bytes: a sector of memory
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     batch_norm_stats_kernel(const T* y, acc_t<T>* part, Walk walk) {
   using Acc = acc_t<T>;
   using Pack = Packed<T, kVector>;
@@ -54,17 +55,7 @@ __global__ void __launch_bounds__(kThreads)
   const Strip<1> strip(across);
   const int64_t c = strip.channel;
   Moments<1, Acc> total;
-  if (p.training && strip.active) {
-#pragma unroll 4
-    for (int64_t row = strip.lane; row < walk.chunks; row += across.lanes) {
-      const Acc count = static_cast<Acc>(rows_of_part(walk, row));
-      const Acc* const sample = part + row * 2 * walk.channels + c;
-      const Acc share = share_of(total.count, count);
-      merge_moments(total.count, share, &total.mean[0], &total.m2[0], sample[0],
-                    sample[walk.channels]);
-      total.count += count;
-    }
-  }
+  if (p.training && strip.active) total.merge_parts(strip, part, walk);
   total.merge_lanes(strip, shared_memory<Acc>());
   if (strip.lane > 0 || !strip.active) return;
   Acc mean, var;
@@ -110,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const bool training = p.training;
 
-  strip.template for_each_group<kUnroll>([&](int64_t row, auto count) {
+  strip.template for_each_group_upwards<kUnroll>([&](int64_t row, auto count) {
     Pack gs[kUnroll], ys[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

@@ -52,19 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   grid_barrier();
 
   Moments<kVector, Acc> total;
-  if (strip.active) {
-    for (int64_t row = strip.lane; row < walk.chunks; row += walk.lanes) {
-      const Acc count = static_cast<Acc>(rows_of_part(walk, row));
-      const Acc share = share_of(total.count, count);
-      const Acc* const sample = part + row * 2 * walk.channels + strip.channel;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        merge_moments(total.count, share, &total.mean[i], &total.m2[i], sample[i],
-                      sample[walk.channels + i]);
-      }
-      total.count += count;
-    }
-  }
+  if (strip.active) total.merge_parts(strip, part, walk);
   total.merge_lanes(strip, scratch);
   __syncthreads();
   Acc* const affine = scratch + strip.column * kVector;  // [3][columns*kVector]
@@ -128,23 +116,25 @@ struct OneRead {
   static constexpr int kVector = 16 / sizeof(T);
   Walk walk = {};
   size_t shared = 0;
+  int most_shared = 0;  // that the device allows
 
   bool fits() const { return walk.chunks > 0; }
 
   static cudaError_t find(const BatchNormFwdParams& p, int device, OneRead* plan) {
     if (!p.training || p.shape.numel() == 0 || !takes_vectors<T>(p.shape, p.y)) return cudaSuccess;
-    int multiprocessors = 0, most_shared = 0, cooperative = 0;
+    int multiprocessors = 0, cooperative = 0;
     const auto ask = [device](int* value, cudaDeviceAttr what) {
       return cudaDeviceGetAttribute(value, what, device);
     };
     cudaError_t status = ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
-    if (status == cudaSuccess) status = ask(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (status == cudaSuccess)
+      status = ask(&plan->most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     if (status == cudaSuccess) status = ask(&cooperative, cudaDevAttrCooperativeLaunch);
     if (status != cudaSuccess || cooperative == 0) return status;
     const Walk walk = make_walk<kVector>(p.shape, multiprocessors);
     const int64_t rows_of_a_lane = ceil_div(walk.chunk, walk.lanes);
     const int64_t bytes = rows_of_a_lane * kThreads * 16 + Moments<kVector, acc_t<T>>::kShared;
-    if (walk.blocks() > static_cast<unsigned>(multiprocessors) || bytes > most_shared) {
+    if (walk.blocks() > static_cast<unsigned>(multiprocessors) || bytes > plan->most_shared) {
       return cudaSuccess;
     }
     plan->walk = walk;
@@ -157,9 +147,7 @@ struct OneRead {
                   LaunchConfig* config) const {
     constexpr auto kKernel = batch_norm_act_fwd_kernel<T, kVector, kResidual>;
     *config = {"batch_norm_act_fwd", walk.blocks(), kThreads, shared, true};
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t status = allow_shared<kKernel>(target.device, most_shared);
     if (status != cudaSuccess) return status;
     return launch(kKernel, *config, target.stream, p, act, walk);
   }

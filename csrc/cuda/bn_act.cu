@@ -2,8 +2,9 @@
 //
 // Work is split as cuda/walk.h describes: a thread keeps the constants of its channels in registers
 // and has the loads of several rows in flight.
-// Forward: reads y [and residual], writes a: 4 or 6 bytes per element of a half type. Saved for
-// backward beyond what the caller holds: nothing.
+// Forward: reads y [and residual], writes a: 4 or 6 bytes per element of a half type; rows upwards,
+// as the pass that took y's statistics went down. Saved for backward beyond what the caller holds:
+// nothing.
 // Backward: reads grad [grad_extra] [a] y [res_y], writes g: 8 bytes per element with a mask, and
 // takes the sums that the gradients of weight, bias and mean need over g as it was rounded. A block
 // leaves one partial row; cuda/finish_sums.cu adds the rows.
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_fwd_kernel(BnActFwdParams 
   }
   const bool relu = p.relu;
 
-  strip.template for_each_group<kUnroll>([&](int64_t row, auto count) {
+  strip.template for_each_group_upwards<kUnroll>([&](int64_t row, auto count) {
     Pack ys[kUnroll];
     [[maybe_unused]] Pack rs[kUnroll];
 #pragma unroll

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* const y = in.y + image * in.image_step + strip.channel * in.channel_step;
     bits_t<Acc> best = kLowest<bits_t<Acc>>;
     for (int ih = rows.begin; ih < rows.end; ++ih) {
+#pragma unroll 2  // more spill on sm_120
       for (int iw = columns.begin; iw < columns.end; ++iw) {
         FUSEDRES_DEVICE_CHECK(0 <= ih && ih < in.h && 0 <= iw && iw < in.w);
         const T* const at = y + ih * in.row_step + iw * in.pixel_step;

@@ -69,11 +69,22 @@ __device__ __forceinline__ V load_once(const V* p) {
   return value;
 }
 
+// One instruction by name: an assignment of 16 bytes may be compiled into four.
+__device__ __forceinline__ void store_word(uint4* p, uint4 word) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w)
+               : "memory");
+}
+template <class Word>
+__device__ __forceinline__ void store_word(Word* p, Word word) {
+  *p = word;
+}
+
 template <class V>
 __device__ __forceinline__ void store(V* p, V value) {
   word_t<V> word;
   memcpy(&word, &value, sizeof value);
-  *reinterpret_cast<word_t<V>*>(p) = word;
+  store_word(reinterpret_cast<word_t<V>*>(p), word);
 }
 
 __device__ __forceinline__ float to_acc(Float16 x) {

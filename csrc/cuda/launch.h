@@ -13,6 +13,7 @@
 namespace fusedres {
 
 constexpr int kThreads = 256;  // of a block, in every kernel
+constexpr int kMaxDevices = 64;
 
 // The one way to start a kernel.
 template <class... Params, class... Args>
@@ -41,7 +42,6 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config,
 // device. The device must be current.
 template <auto kKernel, size_t kSharedBytes>
 cudaError_t resident_blocks(int device, int64_t* blocks) {
-  constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];
   if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
   if (known[device] == 0) {
@@ -57,6 +57,19 @@ cudaError_t resident_blocks(int device, int64_t* blocks) {
   }
   *blocks = known[device];
   return cudaSuccess;
+}
+
+// Lets blocks of kKernel have up to `most` bytes of shared memory, once per device: a limit set for
+// each launch would be lowered by one thread between another's setting and launch.
+template <auto kKernel>
+cudaError_t allow_shared(int device, int most) {
+  static std::atomic<bool> allowed[kMaxDevices];
+  if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
+  if (allowed[device]) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  allowed[device] = status == cudaSuccess;
+  return status;
 }
 
 // dispatch() of common/dispatch.h with float16, and with cudaError_t as what f returns.

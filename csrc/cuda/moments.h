@@ -16,13 +16,19 @@ __device__ __forceinline__ void merge_moments(Acc count, Acc share, Acc* mean, A
                                               Acc other_mean, Acc other_m2) {
   const Acc delta = other_mean - *mean;
   *mean += delta * share;
-  *m2 += other_m2 + delta * delta * (count * share);
+  *m2 += other_m2 + delta * (delta * (count * share));  // delta squared may overflow
 }
 
 // other / (count + other); 0 where both are.
 template <class Acc>
 __device__ __forceinline__ Acc share_of(Acc count, Acc other) {
   return other > Acc(0) ? other / (count + other) : Acc(0);
+}
+
+// Rows of which part `index` has the moments.
+__device__ __forceinline__ int64_t rows_of_part(const Walk& walk, int64_t index) {
+  const int64_t begin = index * walk.chunk, end = begin + walk.chunk;
+  return (end < walk.rows ? end : walk.rows) - begin;
 }
 
 template <int kVector, class Acc>
@@ -32,28 +38,64 @@ struct Moments {
   // `used` of the rows join as one sample: their mean first, then deviations from it.
   template <int kRows, class T, class Used>
   __device__ __forceinline__ void add_rows(const Packed<T, kVector> (&rows)[kRows], Used used) {
-    Acc x[kRows][kVector];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (u < used) unpack(rows[u], x[u]);
-    }
     const Acc n = static_cast<Acc>(static_cast<int>(used));
     const Acc inverse = Acc(1) / n, share = share_of(count, n);
+    Acc center[kVector] = {}, deviations[kVector] = {};
+    Acc x[kVector];  // unpacked twice: kept for all rows, it would take the registers of a block
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (u >= used) continue;
+      unpack(rows[u], x);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) center[i] += x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) center[i] *= inverse;
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (u >= used) continue;
+      unpack(rows[u], x);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) deviations[i] += (x[i] - center[i]) * (x[i] - center[i]);
+    }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      Acc center = 0, deviations = 0;
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) {
-        if (u < used) center += x[u][i];
-      }
-      center *= inverse;
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) {
-        if (u < used) deviations += (x[u][i] - center) * (x[u][i] - center);
-      }
-      merge_moments(count, share, &mean[i], &m2[i], center, deviations);
+      merge_moments(count, share, &mean[i], &m2[i], center[i], deviations[i]);
     }
     count += n;
+  }
+
+  // Every lane joins its share of the partial rows, [walk.chunks, 2, C], of this thread's channels.
+  // Several rows are in flight: one after the other, each would wait for memory.
+  __device__ void merge_parts(const Strip<kVector>& strip, const Acc* part, const Walk& walk) {
+    constexpr int kRows = 4;
+    const int64_t channels = walk.channels;
+    for (int64_t row = strip.lane; row < walk.chunks; row += kRows * strip.walk.lanes) {
+      Acc other_mean[kRows][kVector], other_m2[kRows][kVector];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t at = row + u * strip.walk.lanes;
+        if (at >= walk.chunks) continue;
+        const Acc* const sample = part + at * 2 * channels + strip.channel;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          other_mean[u][i] = sample[i];
+          other_m2[u][i] = sample[channels + i];
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t at = row + u * strip.walk.lanes;
+        if (at >= walk.chunks) continue;
+        const Acc n = static_cast<Acc>(rows_of_part(walk, at));
+        const Acc share = share_of(count, n);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          merge_moments(count, share, &mean[i], &m2[i], other_mean[u][i], other_m2[u][i]);
+        }
+        count += n;
+      }
+    }
   }
 
   // Bytes of shared memory that merge_lanes needs.
@@ -86,12 +128,6 @@ struct Moments {
     }
   }
 };
-
-// Rows of which part `index` has the moments.
-__device__ __forceinline__ int64_t rows_of_part(const Walk& walk, int64_t index) {
-  const int64_t begin = index * walk.chunk, end = begin + walk.chunk;
-  return (end < walk.rows ? end : walk.rows) - begin;
-}
 
 __device__ __forceinline__ double value_of(ConstVector v, int64_t i) {
   switch (v.dtype) {

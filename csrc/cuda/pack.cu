@@ -9,8 +9,7 @@
 
 namespace fusedres {
 
-constexpr int kPackVector = 8;
-constexpr int64_t kPackBlock = int64_t{kThreads} * kPackVector;
+constexpr uint32_t kPackVector = 8, kPackBlock = kThreads * kPackVector;
 
 // The entries, and the first block of each.
 struct PackPlan {
@@ -31,14 +30,14 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(PackPlan plan) {
     }
   }
   const PackEntry& entry = plan.params.entries[low];
-  const int64_t numel = static_cast<int64_t>(entry.filters) * entry.channels * entry.taps;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x - plan.first[low]) * kPackBlock +
-                        static_cast<int64_t>(threadIdx.x) * kPackVector;
+  const uint32_t channels = entry.channels, taps = entry.taps;
+  const uint32_t numel = entry.filters * channels * taps;
+  const uint32_t begin = (blockIdx.x - plan.first[low]) * kPackBlock + threadIdx.x * kPackVector;
   if (begin >= numel) return;
-  const bool straight = entry.channels_last || entry.taps == 1;
-  const bool whole = begin + kPackVector <= numel;
+  const bool straight = entry.channels_last || taps == 1;
   float values[kPackVector];
-  if (straight && whole && reinterpret_cast<uintptr_t>(entry.source) % 16 == 0) {
+  if (straight && begin + kPackVector <= numel &&
+      reinterpret_cast<uintptr_t>(entry.source) % 16 == 0) {
     const auto* const from = reinterpret_cast<const Vector<float, 4>*>(entry.source + begin);
     const Vector<float, 4> first = load_once(from), second = load_once(from + 1);
 #pragma unroll
@@ -48,27 +47,20 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(PackPlan plan) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kPackVector; ++i) {
-      const int64_t at = begin + i < numel ? begin + i : numel - 1;
-      int64_t from = at;
+    for (uint32_t i = 0; i < kPackVector; ++i) {
+      const uint32_t at = begin + i < numel ? begin + i : numel - 1;
+      uint32_t from = at;
       if (!straight) {
-        const int64_t row = at / entry.channels, c = at - row * entry.channels;  // row: (k, r, s)
-        const int64_t k = row / entry.taps, tap = row - k * entry.taps;
-        from = (k * entry.channels + c) * entry.taps + tap;
+        const uint32_t row = at / channels, c = at - row * channels;  // row: (k, r, s)
+        const uint32_t k = row / taps, tap = row - k * taps;
+        from = (k * channels + c) * taps + tap;
       }
       values[i] = entry.source[from];
     }
   }
+  // past the end too: the next weight begins on 16 bytes
   T* const out = static_cast<T*>(plan.params.buffer) + entry.offset + begin;
-  const Vector<T, kPackVector> cast = rounded<T, kPackVector>(values);
-  if (whole) {
-    store(reinterpret_cast<Vector<T, kPackVector>*>(out), cast);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPackVector; ++i) {
-      if (begin + i < numel) out[i] = cast.values[i];
-    }
-  }
+  store(reinterpret_cast<Vector<T, kPackVector>*>(out), rounded<T, kPackVector>(values));
 }
 
 cudaError_t launch_pack(const PackParams& params, const CudaTarget& target, LaunchConfig* config) {
@@ -79,6 +71,7 @@ cudaError_t launch_pack(const PackParams& params, const CudaTarget& target, Laun
   for (int i = 0; i < params.count; ++i) {
     const PackEntry& entry = params.entries[i];
     const int64_t numel = static_cast<int64_t>(entry.filters) * entry.channels * entry.taps;
+    if (numel > 0x7fffffff || entry.offset % kPackVector != 0) return cudaErrorInvalidValue;
     if (numel > 0 && any_null(entry.source, static_cast<const float*>(params.buffer))) {
       return cudaErrorInvalidValue;
     }

@@ -103,6 +103,20 @@ struct Strip {
     return (image * walk.channels + channel - image) * walk.plane + row;
   }
 
+  // for_each_group from the last row to the first: for a pass after one that went down the same
+  // tensor, whose last rows are still in the cache.
+  template <int kUnroll, class Body>
+  __device__ void for_each_group_upwards(const Body& body) const {
+    if (begin >= end) return;
+    const int64_t rows = (end - begin + walk.lanes - 1) / walk.lanes;
+    const int64_t whole = rows / kUnroll * kUnroll;
+    if (whole < rows) body(begin + whole * walk.lanes, static_cast<int>(rows - whole));
+    const int64_t step = static_cast<int64_t>(walk.lanes) * kUnroll;
+    for (int64_t row = begin + whole * walk.lanes - step; row >= begin; row -= step) {
+      body(row, Count<kUnroll>{});
+    }
+  }
+
   // Calls body(row, count) for groups of up to kUnroll rows: row, row + lanes, ..., `count` of
   // them, whose loads are then in flight together. `count` is a constant but for the last group.
   template <int kUnroll, class Body>

@@ -14,6 +14,7 @@ from fusedres.native import require
 # enum class DType and Layout in csrc/include/fusedres/types.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 NHWC, NCHW = 0, 1
+OPTIONAL = {"residual", "res_mean", "res_scale", "res_bias", "grad_extra", "a", "res_y", "out"}
 
 # dtype, sizes, layout, device (-1: the CPU), threads or stream: how every kernel's arguments begin
 Head = tuple[int, tuple[int, ...], int, int, int]
@@ -38,35 +39,37 @@ def check(
     """What stands between a caller of torch.ops.fusedres and a bare pointer.
 
     `full` tensors are to be stored exactly as y is, `per_channel` ones [C] or, if sums, [2, C].
+    Those of the names in OPTIONAL may be None. (A schema's Tensor lets None through.)
 
     Raises:
         ValueError: one of them is not; nothing has run.
     """
-    if y.dim() != 4 or y.device.type not in ("cpu", "cuda") or y.dtype not in DTYPES:
-        raise ValueError(f"{op}: y must be [N, C, H, W] on a CPU or GPU, got {_described(y)}")
+    on_device = y.device.type in ("cpu", "cuda") and y.layout == torch.strided
+    if y.dim() != 4 or not on_device or y.dtype not in DTYPES:
+        raise ValueError(f"{op}: y must be [N, C, H, W] on a CPU or GPU, got {described(y)}")
     memory_format = stored_format(y)
     for name, t in {"y": y, **full}.items():
-        if t is not None and not (
-            t.shape == y.shape
-            and t.dtype == y.dtype
-            and t.device == y.device
+        if not (t is None and name in OPTIONAL) and not (
+            isinstance(t, Tensor)
+            and t.shape == y.shape
+            and (t.dtype, t.device, t.layout) == (y.dtype, y.device, y.layout)
             and t.is_contiguous(memory_format=memory_format)
         ):
             raise ValueError(
                 f"{op}: {name} must be {y.dtype} {list(y.shape)}, dense in {memory_format} on "
-                f"{y.device}, got {_described(t)}"
+                f"{y.device}, got {described(t)}"
             )
     for name, v in per_channel.items():
         shape = (2, y.size(1)) if "sums" in name else (y.size(1),)
-        if v is not None and not (
-            tuple(v.shape) == shape
-            and v.dtype == stat_dtype(y.dtype)
-            and v.device == y.device
+        if not (v is None and name in OPTIONAL) and not (
+            isinstance(v, Tensor)
+            and tuple(v.shape) == shape
+            and (v.dtype, v.device, v.layout) == (stat_dtype(y.dtype), y.device, y.layout)
             and v.is_contiguous()
         ):
             raise ValueError(
                 f"{op}: {name} must be contiguous {stat_dtype(y.dtype)} {list(shape)} on "
-                f"{y.device}, got {_described(v)}"
+                f"{y.device}, got {described(v)}"
             )
 
 
@@ -78,16 +81,23 @@ def check_parameters(op: str, y: Tensor, **vectors: Tensor | None) -> None:
     """
     for name, v in vectors.items():
         if v is not None and not (
-            tuple(v.shape) == (y.size(1),) and v.dtype in DTYPES and v.device == y.device
+            isinstance(v, Tensor)
+            and tuple(v.shape) == (y.size(1),)
+            and v.dtype in DTYPES
+            and (v.device, v.layout) == (y.device, y.layout)
         ):
             raise ValueError(
                 f"{op}: {name} must be floating-point [{y.size(1)}] on {y.device}, got "
-                f"{_described(v)}"
+                f"{described(v)}"
             )
 
 
-def _described(t: Tensor) -> str:
-    return f"{t.dtype} {list(t.shape)} with strides {list(t.stride())} on {t.device}"
+def described(t: object) -> str:
+    """An argument as errors name it."""
+    if not isinstance(t, Tensor):
+        return type(t).__name__
+    strides = f" with strides {list(t.stride())}" if t.layout == torch.strided else f", {t.layout}"
+    return f"{t.dtype} {list(t.shape)}{strides} on {t.device}"
 
 
 def where(t: Tensor) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedres.native import _args, require
-from fusedres.native._args import DTYPES
+from fusedres.native._args import DTYPES, described
 
 
 def pack(
@@ -27,14 +27,13 @@ def pack(
     for i, w in enumerate(weights):
         channels_last = not w.is_contiguous()
         if (
-            (w.dim(), w.dtype, w.device) != (4, torch.float32, device)
+            (w.dim(), w.dtype, w.device, w.layout) != (4, torch.float32, device, torch.strided)
             or (channels_last and not w.is_contiguous(memory_format=torch.channels_last))
             or w.numel() >= 2**31
         ):
             raise ValueError(
                 f"pack: weight {i} must be float32 [K, C, R, S] on {device}, dense and of less "
-                f"than 2**31 elements, got {w.dtype} {list(w.shape)} with strides "
-                f"{list(w.stride())} on {w.device}"
+                f"than 2**31 elements, got {described(w)}"
             )
         filters, channels, height, width = w.shape
         entries.append((w.data_ptr(), offset, filters, channels, height * width, channels_last))

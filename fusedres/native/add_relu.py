@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from fusedres.native import _args, require
-from fusedres.native._args import DTYPES, NCHW, pointers
+from fusedres.native._args import DTYPES, NCHW, described, pointers
 
 
 def _launch(name: str, first: Tensor, second: Tensor) -> Tensor:
     """Runs `name` on two tensors of one device and layout; the result is like the first."""
-    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
-    if not alike or first.dtype not in DTYPES or first.device.type not in ("cpu", "cuda"):
+    kinds = [(t.shape, t.dtype, t.device, t.layout) for t in (first, second)]
+    served = first.dtype in DTYPES and first.device.type in ("cpu", "cuda")
+    if kinds[0] != kinds[1] or not served or first.layout != torch.strided:
         raise ValueError(
-            f"{name}: needs two tensors alike, got {first.dtype} {list(first.shape)} on "
-            f"{first.device} and {second.dtype} {list(second.shape)} on {second.device}"
+            f"{name}: needs two tensors alike, got {described(first)} and {described(second)}"
         )
     channels_last = torch.channels_last if first.dim() == 4 else torch.contiguous_format
     if not any(

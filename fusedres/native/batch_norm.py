@@ -60,7 +60,9 @@ class _OnGpu:
         self.statistics: Statistics = tuple(vectors(y) for _ in range(5))  # type: ignore[assignment]
         amount = None
         if isinstance(momentum, Tensor):
-            amount = momentum.detach().to(y.device)
+            amount = momentum.detach()
+            if amount.dim() != 0 or amount.device != y.device or amount.layout != torch.strided:
+                raise ValueError(f"momentum must be a number or 0-d on {y.device}, got {amount}")
             if amount.dtype not in DTYPES:
                 amount = amount.float()
         self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
@@ -126,6 +128,11 @@ def _checked_head(
     check_parameters(op, y, bn_weight=bn_weight, bn_bias=bn_bias, **running)
     if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
         raise ValueError(f"{op}: running_mean and running_var come together, and where frozen")
+    for name, v in running.items():
+        if training and v is not None and v.numel() > 1 and v.stride(0) == 0:
+            raise ValueError(f"{op}: {name} is expanded, it cannot be moved in place")
+    if training and running_mean is not None and elements_per_channel(y) == 1:
+        raise ValueError(f"{op}: one value per channel has no unbiased variance to move towards")
     return head(y)
 
 
@@ -153,8 +160,8 @@ def batch_norm_act_fwd(
         size = c.batch_norm_act_fwd_cuda_workspace(*given, (*gpu.tensors, 0), relu, act)
         if size > 0:
             work = workspace(size, y)
-            c.batch_norm_act_fwd_cuda(*given, (*gpu.tensors, work.data_ptr()), relu, act)
-            return a, gpu.settle()
+            if c.batch_norm_act_fwd_cuda(*given, (*gpu.tensors, work.data_ptr()), relu, act):
+                return a, gpu.settle()
     statistics = batch_norm_fwd(y, *norm, training, momentum, eps)
     mean, _, _, scale, bias = statistics
     return bn_act_fwd(y, mean, scale, bias, residual, None, None, None, relu), statistics
@@ -174,6 +181,9 @@ def batch_norm_bwd(
     """dy = scale*g + c0 + c1*(y - mean) with c0 = c1 = 0 unless training, dweight and dbias."""
     per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
+    for dtype in (weight_dtype, bias_dtype):
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"batch_norm_bwd: a gradient cannot be {dtype}")
     dy = like(y)
     args = head(y)
     if on_cpu(args):

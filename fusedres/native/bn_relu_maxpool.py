@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedres._tensors import stored_format
 from fusedres.native import require
-from fusedres.native._args import check, head, like, on_cpu, pointers, vectors, workspace
+from fusedres.native._args import check, described, head, like, on_cpu, pointers, vectors, workspace
 
 
 def _pooled(extent: int, kernel_size: int, stride: int, padding: int) -> int:
@@ -65,12 +65,12 @@ def bn_relu_maxpool_bwd(
     pooled = (*y.shape[:2], height, width)
     if not (
         tuple(grad.shape) == pooled
-        and (grad.dtype, grad.device) == (y.dtype, y.device)
+        and (grad.dtype, grad.device, grad.layout) == (y.dtype, y.device, y.layout)
         and grad.is_contiguous(memory_format=stored_format(y))
     ):
         raise ValueError(
             f"{op}: grad must be {y.dtype} {list(pooled)}, dense in {stored_format(y)}, got "
-            f"{grad.dtype} {list(grad.shape)} with strides {list(grad.stride())}"
+            f"{described(grad)}"
         )
     c = require()
     args = head(y)

@@ -127,6 +127,7 @@ def check_batch_norm(
             raise ValueError(
                 f"{op}: momentum must be a number or a 0-d tensor, got shape {list(momentum.shape)}"
             )
+        check_same_device(op, "momentum", momentum, x, "the activation")
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
         raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
     elif not -math.inf < momentum < math.inf:  # Dynamo traces no math.isfinite

@@ -98,7 +98,7 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     kernel = backends.kernels(backend, "batch_norm").batch_norm_bwd
     outputs = kernel(g, y, mean, scale, rstd, sums, training, weight_dtype, bias_dtype)
-    return tuple(g.new_empty(0) if t is None else t for t in outputs)
+    return tuple(mean.new_empty(0) if t is None else t for t in outputs)
 
 
 def _bwd_fake(

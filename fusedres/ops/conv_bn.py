@@ -140,6 +140,9 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     operands, rest = _Operands.of(args)
     source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     o = _Backward(*rest)
+    out = output_shape(source.x.shape, weight.shape, conv)
+    if tuple(o.y.shape) != out:  # the library would believe it
+        raise ValueError(f"conv_bn_bwd: y must have shape {list(out)}, got {list(o.y.shape)}")
     own = (o.y, o.y_mean, o.y_scale, o.y_rstd)
     needs = (o.need_input, o.need_weight)
     types = (o.bn_weight_dtype, o.bn_bias_dtype)

@@ -12,6 +12,8 @@ from torch import Tensor
 from fusedres._tensors import INTERPRETED, stat_dtype
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+OPTIONAL = {"residual", "res_mean", "res_scale", "res_bias"}  # what may be None
+OPTIONAL |= {"grad_extra", "a", "grad_a", "res_y", "out"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -25,18 +27,20 @@ def check(
     """What stands between a caller of torch.ops.fusedres and a bare pointer.
 
     `full` tensors are to be like y [N, C, H, W], dense in channels_last; `per_channel` ones [C] or,
-    if sums, [2, C], in the dtype of y's statistics.
+    if sums, [2, C], in the dtype of y's statistics. Those of the names in OPTIONAL may be None. (A
+    schema's Tensor lets None through.)
 
     Raises:
         ValueError: one of them is not; nothing has run.
     """
-    if y.dim() != 4 or y.device.type != DEVICE or y.dtype not in DTYPES:
+    dense = y.layout == torch.strided
+    if y.dim() != 4 or y.device.type != DEVICE or y.dtype not in DTYPES or not dense:
         raise ValueError(f"{op}: {name} must be [N, C, H, W] on {DEVICE}, got {described(y)}")
     for label, t in {name: y, **full}.items():
-        if t is not None and not (
-            t.shape == y.shape
-            and t.dtype == y.dtype
-            and t.device == y.device
+        if not (t is None and label in OPTIONAL) and not (
+            isinstance(t, Tensor)
+            and t.shape == y.shape
+            and (t.dtype, t.device, t.layout) == (y.dtype, y.device, y.layout)
             and t.is_contiguous(memory_format=torch.channels_last)
         ):
             raise ValueError(
@@ -46,10 +50,10 @@ def check(
     dtype = stat_dtype(y.dtype)
     for label, v in per_channel.items():
         shape = (2, y.size(1)) if "sums" in label else (y.size(1),)
-        if v is not None and not (
-            tuple(v.shape) == shape
-            and v.dtype == dtype
-            and v.device == y.device
+        if not (v is None and label in OPTIONAL) and not (
+            isinstance(v, Tensor)
+            and tuple(v.shape) == shape
+            and (v.dtype, v.device, v.layout) == (dtype, y.device, y.layout)
             and v.is_contiguous()
         ):
             raise ValueError(
@@ -58,9 +62,12 @@ def check(
             )
 
 
-def described(t: Tensor) -> str:
-    """A tensor as an error message names it."""
-    return f"{t.dtype} {list(t.shape)} with strides {list(t.stride())} on {t.device}"
+def described(t: object) -> str:
+    """An argument as an error message names it."""
+    if not isinstance(t, Tensor):
+        return type(t).__name__
+    strides = f" with strides {list(t.stride())}" if t.layout == torch.strided else f", {t.layout}"
+    return f"{t.dtype} {list(t.shape)}{strides} on {t.device}"
 
 
 def rows(y: Tensor) -> int:

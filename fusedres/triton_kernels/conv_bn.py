@@ -172,7 +172,8 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
     x, _, _, _, residual, *_ = source
     own = {"mean": source.mean, "scale": source.scale, "bias": source.bias}
     joined = {n: getattr(source, n) for n in ("res_mean", "res_scale", "res_bias")}
-    check(op, x, {"residual": residual}, own | joined, name="x")
+    given = {n: v for n, v in own.items() if v is not None}  # of a Tensor there are none
+    check(op, x, {"residual": residual}, given | joined, name="x")
     if len({v is None for v in own.values()}) > 1 or (source.mean is None and residual is not None):
         raise ValueError(f"{op}: mean, scale and bias come together, a residual only with them")
     if len({v is None for v in joined.values()}) > 1:

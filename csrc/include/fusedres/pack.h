@@ -10,7 +10,8 @@ namespace fusedres {
 // One weight. The source is dense, either as [K, C, R, S] or as [K, R, S, C].
 struct PackEntry {
   const float* source;
-  int64_t offset;                   // of its first element in the buffer; a multiple of 8
+  int64_t
+      offset;  // of its first element in the buffer; a multiple of 8, up to which all is written
   int32_t filters, channels, taps;  // K, C, R*S
   bool channels_last;
 };
