@@ -353,6 +353,14 @@ def test_a_model_packs_its_weights_by_the_kernel() -> None:
     assert any("pack_kernel" in name for name in launched())
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(3e19, torch.bfloat16), (1e20, torch.float32)])
+def test_moments_of_huge_values(value: float, dtype: torch.dtype) -> None:
+    """Whose squares overflow, while those of their differences do not."""
+    y = torch.full((4, 8, 9, 9), value, dtype=dtype).to(memory_format=CHANNELS_LAST)
+    mean, var, *_ = batch_norm.batch_norm_fwd(y, None, None, None, None, True, 0.1, 1e-5)
+    assert torch.equal(mean, y[0, :, 0, 0].float()) and not var.any()
+
+
 def test_same_bits_in_every_order() -> None:
     from emulated import CONTROLS
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import fusedres
 from fusedres import backends, use_backend, use_plan
+from fusedres._conv import Conv
 from fusedres.ops import conv_bn
 
 X, W = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 1, 1)
@@ -78,6 +80,96 @@ def test_auto_takes_the_compiled_backend_where_it_is_built() -> None:
     choice = backends.choose("conv_bn", "cpu", torch.float32)
     assert (choice.backend == "cpp") == ready
     assert ready or choice.reason
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Says which backends are ready, as on a machine with a GPU."""
+
+    def is_ready(*names: str) -> None:
+        def not_ready(name: str) -> str | None:
+            return None if name in names else f"{name} is off here"
+
+        monkeypatch.setattr(backends, "not_ready", not_ready)
+        backends._choose.cache_clear()
+
+    yield is_ready
+    monkeypatch.undo()
+    backends._choose.cache_clear()
+
+
+HALF = torch.bfloat16
+POINTWISE, WIDE = torch.empty(8, 8, 1, 1), torch.empty(8, 8, 3, 3)
+
+
+def ways(device: str = "cuda") -> list[tuple[str, str]]:
+    """Backend and plan of a 1x1 and of a 3x3 convolution."""
+    choice = backends.choose("conv_bn", device, HALF)
+    geometry = Conv((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    return [backends.way_of(choice, HALF, w, geometry) for w in (POINTWISE, WIDE)]
+
+
+def test_auto_on_a_gpu_fuses_by_triton_and_passes_by_cuda(machine: Callable[..., None]) -> None:
+    machine("cuda", "triton", "cpp")
+    assert ways() == [("triton", "fused"), ("cuda", "split")]
+    assert {backends.choose(op, "cuda", HALF).backend for op in backends.OPS[1:]} == {"cuda"}
+    with use_plan("split"):
+        assert ways() == [("cuda", "split")] * 2
+    with use_backend("triton"):
+        assert ways() == [("triton", "fused"), ("triton", "split")]
+    with use_backend("cuda"):
+        assert ways() == [("cuda", "split")] * 2
+
+
+def test_without_the_extension_a_gpu_runs_on_triton(machine: Callable[..., None]) -> None:
+    machine("triton")
+    assert ways() == [("triton", "fused"), ("triton", "split")]
+    for op in backends.OPS:
+        choice = backends.choose(op, "cuda", HALF)
+        assert choice.backend == "triton" and choice.reason == "cuda is off here"
+
+
+def test_without_triton_a_gpu_runs_on_cuda(machine: Callable[..., None]) -> None:
+    machine("cuda", "cpp")
+    assert ways() == [("cuda", "split")] * 2
+    assert backends.choose("conv_bn", "cuda", HALF).reason == "triton is off here"
+    assert backends.choose("bn_act", "cuda", HALF).reason == ""
+    message = r"backend 'cuda' has no 'fused' plan \(triton is off here\)"
+    with use_plan("fused"), pytest.raises(RuntimeError, match=message):
+        backends.choose("conv_bn", "cuda", HALF)
+
+
+def test_with_neither_a_gpu_runs_plain_torch(machine: Callable[..., None]) -> None:
+    machine("cpp")
+    assert ways() == [("reference", "split")] * 2
+    assert "cuda is off here; triton is off" in backends.choose("bn_act", "cuda", HALF).reason
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "served"),
+    [
+        (["80", "90", "100", "120"], (8, 0), True),
+        (["80", "90", "100", "120"], (8, 9), True),  # machine code of its generation
+        (["80", "90", "100", "120"], (10, 3), True),
+        (["80", "90", "100", "120"], (12, 1), True),
+        (["80", "90", "100", "120"], (13, 0), True),  # PTX of the newest
+        (["80", "90", "100", "120"], (11, 0), False),
+        (["80", "90", "100", "120"], (7, 5), False),
+        (["90"], (8, 0), False),
+        (["90a"], (9, 0), True),
+        (["90a"], (10, 0), False),  # has no PTX
+    ],
+)
+def test_a_gpu_without_code_turns_cuda_off(
+    monkeypatch: pytest.MonkeyPatch, archs: list[str], capability: tuple[int, int], served: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    reason = backends._cuda_without_code(archs)
+    assert (reason is None) == served
+    if reason is not None:
+        assert "a GPU has compute capability" in reason and "FUSEDRES_CUDA_ARCHS=" in reason
 
 
 def test_a_scope_may_be_entered_again() -> None:

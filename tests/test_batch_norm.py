@@ -113,6 +113,8 @@ def test_opcheck(backend: str, training: bool) -> None:
     y = y.to(memory_format=CHANNELS_LAST)
     forward = (y, torch.rand(4), None, *running, training, 0.1, None, 1e-5, backend)
     torch.library.opcheck(torch.ops.fusedres.batch_norm_fwd, forward)
+    at_once = (*forward[:-1], torch.randn_like(y), True, backend)
+    torch.library.opcheck(torch.ops.fusedres.batch_norm_act_fwd, at_once)
     mean, _, rstd, scale, _ = torch.ops.fusedres.batch_norm_fwd(*forward)
     g, sums = torch.randn_like(y), torch.randn(2, 4)
     backward = (g, y, mean, scale, rstd, sums, training, torch.float32, None, backend)

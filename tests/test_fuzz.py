@@ -66,9 +66,7 @@ class Wrong:
         if isinstance(v, str):
             return pick(["reference", "nope", "", "triton", None, 3])
         if isinstance(v, list):
-            return pick(
-                [[], [0] * len(v), [-1] * len(v), [64] * len(v), [1], [3] * len(v), None]
-            )
+            return pick([[], [0] * len(v), [-1] * len(v), [64] * len(v), [1], [3] * len(v), None])
         if v is None:
             return pick([torch.zeros(3), torch.zeros(2, 3, 4, 4), 1, "x", torch.float32])
         return pick([None, torch.int8, torch.complex64, 7, "float32"])

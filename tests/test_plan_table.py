@@ -33,10 +33,12 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def put(*entries: dict[str, Any]) -> None:
         monkeypatch.setattr(_plan_table, "entries", lambda: list(entries))
         lookup.cache_clear()
+        _plan_table._light.cache_clear()
 
     yield put
     monkeypatch.undo()
     lookup.cache_clear()
+    _plan_table._light.cache_clear()
 
 
 def plan(dtype: torch.dtype = torch.bfloat16, rows: int | None = None, **changes: Any) -> str:
@@ -68,6 +70,38 @@ def test_rows_bound_an_entry_and_unknown_ones_count_as_many(table: Callable[...,
     table(ENTRY | {"rows": [0, 999], "plan": "split"}, ENTRY | {"rows": [1000, None]})
     assert [plan(rows=r) for r in (1, 999, 1000)] == ["split", "split", "fused"]
     assert plan(rows=None) == "fused"
+
+
+LIGHT = {"device": "cpu", "dtype": "bfloat16", "op": "bn_act"}
+
+
+def test_entries_of_light_passes_say_who_runs_them_by_size(
+    table: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda *_: None)
+    choice = Choice("triton", "auto", "", light="cuda")
+    device = torch.device("cpu")
+
+    def runs(size: int | None, op: str = "bn_act", chosen: Choice = choice) -> str:
+        return backends.light_backend(chosen, op, device, torch.bfloat16, size)
+
+    assert runs(100) == "cuda"
+    table(
+        ENTRY | {"plan": "split"},
+        LIGHT | {"bytes": [0, 999], "backend": "triton"},
+        LIGHT | {"bytes": [5000, None], "backend": "cpp"},
+    )
+    assert [runs(size) for size in (0, 999, 1000, 5000, None)] == [
+        "triton", "triton", "cuda", "cpp", "cpp",
+    ]  # fmt: skip
+    assert runs(0, "add_relu") == "cuda"
+    by_name = Choice("triton", "auto", "")
+    assert runs(5000, chosen=by_name) == "triton"
+    weight = torch.empty(256, 64, 3, 3)
+    way = backends.way_of(choice, torch.bfloat16, weight, POINTWISE, (1, 256, 2, 2))
+    assert way == ("cuda", "split")  # 2,048 bytes
+    monkeypatch.setattr(backends, "unavailable", lambda name, *_: "off" if name == "cpp" else None)
+    assert runs(None) == "cuda"
 
 
 def test_the_heuristic_follows_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +165,10 @@ def test_malformed_entries_are_named(changes: dict[str, Any], message: str) -> N
         _plan_table._check(ENTRY | changes)
     with pytest.raises(ValueError, match="an entry has"):
         _plan_table._check({k: v for k, v in ENTRY.items() if k != "kernel"})
+    light = LIGHT | {"bytes": [0, None], "backend": "cuda"}
+    _plan_table._check(light)
+    for wrong in ({"bytes": [1]}, {"backend": "warp"}, {"op": "conv"}, {"dtype": "int8"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            _plan_table._check(light | wrong)
+    with pytest.raises(ValueError, match="an entry of an op has"):
+        _plan_table._check(light | {"rows": [0, None]})
