@@ -128,10 +128,10 @@ BnActFwdParams bn_act_fwd_params(const Head& head, bool relu, const Addresses<9>
           pointer(t[5]),  pointer(t[6]),  pointer(t[7]), pointer(t[8])};
 }
 
-BnActBwdParams bn_act_bwd_params(const Head& head, const Addresses<11>& t) {
-  return {dtype_of(head), shape_of(head), pointer(t[0]), pointer(t[1]), pointer(t[2]),
-          pointer(t[3]),  pointer(t[4]),  pointer(t[5]), pointer(t[6]), pointer(t[7]),
-          pointer(t[8]),  pointer(t[9]),  pointer(t[10])};
+BnActBwdParams bn_act_bwd_params(const Head& head, const Addresses<13>& t) {
+  return {dtype_of(head), shape_of(head), pointer(t[0]),  pointer(t[1]),  pointer(t[2]),
+          pointer(t[3]),  pointer(t[4]),  pointer(t[5]),  pointer(t[6]),  pointer(t[7]),
+          pointer(t[8]),  pointer(t[9]),  pointer(t[10]), pointer(t[11]), pointer(t[12])};
 }
 
 BnReluMaxpoolBwdParams bn_relu_maxpool_bwd_params(const Head& head, const PoolWindow& window,
@@ -191,14 +191,14 @@ void bind_bn_act(py::module_& m) {
       "head"_a, "relu"_a, "tensors"_a);
   m.def(
       "bn_act_bwd",
-      [](const Head& head, const Addresses<11>& t) {
+      [](const Head& head, const Addresses<13>& t) {
         const BnActBwdParams params = bn_act_bwd_params(head, t);
         run("bn_act_bwd", head, [&](auto... how) { return launch_bn_act_bwd(params, how...); });
       },
       "head"_a, "tensors"_a);
   m.def(
       "bn_act_bwd_workspace",
-      [](const Head& head, const Addresses<11>& t) {
+      [](const Head& head, const Addresses<13>& t) {
         const BnActBwdParams params = bn_act_bwd_params(head, t);
         const int64_t cpu = partial_bytes(head, params.res_sums == nullptr ? 2 : 3);
         return workspace("bn_act_bwd", head, cpu,
@@ -223,12 +223,12 @@ void bind_batch_norm(py::module_& m) {
       "head"_a);
   m.def(
       "batch_norm_bwd",
-      [](const Head& head, bool training, const Addresses<8>& t, const Numbered& dweight,
+      [](const Head& head, bool training, const Addresses<9>& t, const Numbered& dweight,
          const Numbered& dbias) {
         const BatchNormBwdParams params = {
-            dtype_of(head), shape_of(head),     training,        pointer(t[0]), pointer(t[1]),
-            pointer(t[2]),  pointer(t[3]),      pointer(t[4]),   pointer(t[5]), pointer(t[6]),
-            pointer(t[7]),  vector_of(dweight), vector_of(dbias)};
+            dtype_of(head), shape_of(head), training,           pointer(t[0]),   pointer(t[1]),
+            pointer(t[2]),  pointer(t[3]),  pointer(t[4]),      pointer(t[5]),   pointer(t[6]),
+            pointer(t[7]),  pointer(t[8]),  vector_of(dweight), vector_of(dbias)};
         run("batch_norm_bwd", head,
             [&](auto... how) { return launch_batch_norm_bwd(params, how...); });
       },

@@ -115,6 +115,13 @@ def test_opcheck(backend: str, training: bool) -> None:
     torch.library.opcheck(torch.ops.fusedres.batch_norm_fwd, forward)
     at_once = (*forward[:-1], torch.randn_like(y), True, backend)
     torch.library.opcheck(torch.ops.fusedres.batch_norm_act_fwd, at_once)
+    for relu, residual in ((True, True), (True, False), (False, True)):
+        out, mean, rstd, scale, bias = torch.ops.fusedres.batch_norm_act_fwd(
+            *at_once[:-3], at_once[-3] if residual else None, relu, backend
+        )
+        saved = (torch.randn_like(y), out if relu else None, y, mean, scale, bias, rstd)
+        backward = (*saved, residual, training, torch.float32, None, backend)
+        torch.library.opcheck(torch.ops.fusedres.batch_norm_act_bwd, backward)
     mean, _, rstd, scale, _ = torch.ops.fusedres.batch_norm_fwd(*forward)
     g, sums = torch.randn_like(y), torch.randn(2, 4)
     backward = (g, y, mean, scale, rstd, sums, training, torch.float32, None, backend)

@@ -179,8 +179,8 @@ def test_null_pointers_and_unknown_codes_are_refused(cuda_extension, device):
     y, window = (0, (2, 8, 4, 4), 0, device, 0), (3, 2, 1)
     calls = {
         "bn_act_fwd": (y, True, (0,) * 9),
-        "bn_act_bwd": (y, (0,) * 11),
-        "batch_norm_bwd": (y, True, (0,) * 8, (0, 0), (0, 0)),
+        "bn_act_bwd": (y, (0,) * 13),
+        "batch_norm_bwd": (y, True, (0,) * 9, (0, 0), (0, 0)),
         "bn_relu_maxpool_fwd": (y, window, (0,) * 5),
         "bn_relu_maxpool_bwd": (y, window, (0,) * 9),
         "add_relu_fwd": (y, (0,) * 3),

@@ -22,18 +22,22 @@ from fusedres import native
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 
-# in_emulator has every kernel at every size; the others show that ops, gradients and blocks hold on
-# them. fp64 against plain PyTorch to 1e-10 says all that gradcheck would.
-SUITES = {
-    "in_emulator": "",
-    "test_cuda_gpu": "",  # what of it needs no device
-    "test_conv_bn": "cuda and not gradcheck and not nchw",
-    "test_bn_relu_maxpool": "cuda and not gradcheck and not nchw",
-    "test_bn_act": "cuda and not gradcheck and not nchw",
-    "test_batch_norm": "cuda and not gradcheck and not (nchw and 2048)",
-    "test_add_relu": "cuda and not gradcheck",
-    "test_functional": "cuda and not gradcheck",
-    "test_fuzz": "cuda",
+# in_emulator has every kernel at every size; the others, marked slow, show that ops, gradients and
+# blocks hold on them. fp64 against plain PyTorch to 1e-10 says all that gradcheck would.
+PASSES = "bn_act or follow_from_y"
+SUITES = {  # a name: the file, and what of it
+    "in_emulator, activations": ("in_emulator", PASSES),
+    "in_emulator, the rest": ("in_emulator", f"not ({PASSES})"),
+}
+SLOW = {
+    "test_fuzz": ("test_fuzz", "cuda"),
+    "test_cuda_gpu": ("test_cuda_gpu", ""),  # what of it needs no device
+    "test_conv_bn": ("test_conv_bn", "cuda and not gradcheck and not nchw"),
+    "test_bn_relu_maxpool": ("test_bn_relu_maxpool", "cuda and not gradcheck and not nchw"),
+    "test_bn_act": ("test_bn_act", "cuda and not gradcheck and not nchw"),
+    "test_batch_norm": ("test_batch_norm", "cuda and not gradcheck and not 2048"),
+    "test_add_relu": ("test_add_relu", "cuda and not gradcheck"),
+    "test_functional": ("test_functional", "cuda and not gradcheck"),
 }
 
 Run = subprocess.CompletedProcess[str]
@@ -62,8 +66,10 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def suites(module: Path, record: Path) -> Iterator[dict[str, Future[Run]]]:
-    """All suites, two at a time."""
+def suites(
+    module: Path, record: Path, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[Run]]]:
+    """Those of the suites that are selected, two at a time."""
     environment = (
         os.environ
         | build.environment()
@@ -75,16 +81,23 @@ def suites(module: Path, record: Path) -> Iterator[dict[str, Future[Run]]]:
         }
     )
 
-    def run(name: str, select: str) -> Run:
-        command = [sys.executable, "-P", "-m", "pytest", str(TESTS / f"{name}.py"), "-q"]
+    def run(file: str, select: str) -> Run:
+        command = [sys.executable, "-P", "-m", "pytest", str(TESTS / f"{file}.py"), "-q"]
         command += ["-p", "emulated", "-p", "no:cacheprovider", "-k", select, "-m", "not gpu"]
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
 
+    selected = {item.name for item in request.session.items}
+    wanted = {n for n in SUITES | SLOW if f"test_in_the_emulator[{n}]" in selected}
+    if "test_every_kernel_that_ships_has_run" in selected:
+        wanted |= set(SUITES)
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name, select) for name, select in SUITES.items()}
+        yield {n: pool.submit(run, *s) for n, s in (SUITES | SLOW).items() if n in wanted}
 
 
-@pytest.mark.parametrize("name", SUITES)
+NAMES = [*SUITES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_in_the_emulator(
     name: str, suites: dict[str, Future[Run]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   finish_channel(p, c, mean, var, true);
 }
 
-template <class T, int kVector>
+template <class T, int kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads, 2)
     batch_norm_bwd_kernel(BatchNormBwdParams p, Walk walk) {
   using Acc = acc_t<T>;
@@ -93,6 +93,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (p.dweight.data != nullptr) set_value(p.dweight, strip.channel + i, c1[i] * rstd[i]);
     }
   }
+  [[maybe_unused]] Acc bias[kVector];
+  if constexpr (kMask) load_channels(strip, static_cast<const Acc*>(p.bias), bias);
   const Acc inverse = Acc(1) / static_cast<Acc>(walk.rows);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -108,17 +110,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (u >= count) continue;
       const int64_t at = strip.offset(row + u * walk.lanes);
       gs[u] = load_once(reinterpret_cast<const Pack*>(g + at));
-      if (training) ys[u] = load_once(reinterpret_cast<const Pack*>(y + at));
+      if (kMask || training) ys[u] = load_once(reinterpret_cast<const Pack*>(y + at));
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (u >= count) continue;
       Acc values[kVector], centered[kVector];
       unpack(gs[u], values);
+      if (kMask || training) unpack(ys[u], centered);
+      if constexpr (kMask) mask_from_y<T>(centered, mean, scale, bias, values);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) values[i] *= scale[i];
       if (training) {
-        unpack(ys[u], centered);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] += c0[i] + c1[i] * (centered[i] - mean[i]);
       }
@@ -163,6 +166,16 @@ struct Statistics {
     return launch(batch_norm_finish_kernel<Acc>, *config, target.stream, p, part, walk);
   }
 };
+
+template <class T, int kVector, bool kMask>
+cudaError_t backward(const BatchNormBwdParams& p, const CudaTarget& target, LaunchConfig* config) {
+  constexpr auto kKernel = batch_norm_bwd_kernel<T, kVector, kMask>;
+  Walk walk;
+  const cudaError_t status = fit_walk<kVector, kKernel, 0>(p.shape, target.device, &walk);
+  if (status != cudaSuccess) return status;
+  *config = {"batch_norm_bwd", walk.blocks(), kThreads};
+  return launch(kKernel, *config, target.stream, p, walk);
+}
 
 template <class F>
 cudaError_t dispatch_statistics(const BatchNormFwdParams& p, const F& f) {
@@ -209,12 +222,8 @@ cudaError_t launch_batch_norm_bwd(const BatchNormBwdParams& p, const CudaTarget&
     using T = typename decltype(tag)::type;
     return dispatch_vector<T>(takes_vectors<T>(p.shape, p.g, p.y, p.dy), [&](auto vector) {
       constexpr int kVector = decltype(vector)::value;
-      constexpr auto kKernel = batch_norm_bwd_kernel<T, kVector>;
-      Walk walk;
-      const cudaError_t status = fit_walk<kVector, kKernel, 0>(p.shape, target.device, &walk);
-      if (status != cudaSuccess) return status;
-      *config = {"batch_norm_bwd", walk.blocks(), kThreads};
-      return launch(kKernel, *config, target.stream, p, walk);
+      if (p.bias != nullptr) return backward<T, kVector, true>(p, target, config);
+      return backward<T, kVector, false>(p, target, config);
     });
   });
 }

@@ -5,9 +5,10 @@
 // Forward: reads y [and residual], writes a: 4 or 6 bytes per element of a half type; rows upwards,
 // as the pass that took y's statistics went down. Saved for backward beyond what the caller holds:
 // nothing.
-// Backward: reads grad [grad_extra] [a] y [res_y], writes g: 8 bytes per element with a mask, and
-// takes the sums that the gradients of weight, bias and mean need over g as it was rounded. A block
-// leaves one partial row; cuda/finish_sums.cu adds the rows.
+// Backward: reads grad [grad_extra] [a] y [res_y], writes g: 8 bytes per element with a mask; 6
+// where the mask comes from y, 4 where g is not wanted. Takes the sums that the gradients of
+// weight, bias and mean need over g as it was rounded. A block leaves one partial row;
+// cuda/finish_sums.cu adds the rows.
 #include "cuda/finish_sums.h"
 #include "cuda/walk.h"
 #include "fusedres/bn_act.h"
@@ -71,10 +72,14 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_fwd_kernel(BnActFwdParams 
   });
 }
 
-template <class T, int kVector, bool kResidual>
+// kFromY: the mask is that of round(relu((y - mean)*scale + bias)), as bn_act_fwd makes it.
+enum BackwardKind { kPlainBackward, kResidualBackward, kFromY };
+
+template <class T, int kVector, int kKind>
 __global__ void __launch_bounds__(kThreads, 2) bn_act_bwd_kernel(BnActBwdParams p, Walk walk) {
   using Acc = acc_t<T>;
   using Pack = Packed<T, kVector>;
+  constexpr bool kResidual = kKind == kResidualBackward;
   constexpr int kUnroll = 2, kSums = kResidual ? 3 : 2;
   const Strip<kVector> strip(walk);
   const T* const grad = static_cast<const T*>(p.grad);
@@ -86,6 +91,12 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_bwd_kernel(BnActBwdParams 
   Acc mean[kVector], res_mean[kVector];
   load_channels(strip, static_cast<const Acc*>(p.mean), mean);
   if constexpr (kResidual) load_channels(strip, static_cast<const Acc*>(p.res_mean), res_mean);
+  [[maybe_unused]] Acc scale[kVector], bias[kVector];
+  if constexpr (kKind == kFromY) {
+    load_channels(strip, static_cast<const Acc*>(p.scale), scale);
+    load_channels(strip, static_cast<const Acc*>(p.bias), bias);
+  }
+  const bool writes = g != nullptr && (kKind == kFromY || a != nullptr || extra != nullptr);
   Acc sums[kSums * kVector] = {};
 
   // No __restrict__ and no read-only loads of grad: g may be grad itself.
@@ -117,8 +128,12 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_bwd_kernel(BnActBwdParams 
 #pragma unroll
         for (int i = 0; i < kVector; ++i) da[i] = relu_gate(other[i], da[i]);
       }
+      if constexpr (kKind == kFromY) {
+        unpack(ys[u], other);
+        mask_from_y<T>(other, mean, scale, bias, da);
+      }
       const Vector<T, kVector> out = rounded<T, kVector>(da);
-      if (a != nullptr || extra != nullptr) {
+      if (writes) {
         store(reinterpret_cast<Vector<T, kVector>*>(g + strip.offset(row + u * walk.lanes)), out);
       }
       unpack(ys[u], other);
@@ -160,11 +175,11 @@ cudaError_t forward(const BnActFwdParams& p, const CudaTarget& target, LaunchCon
   return launch(kKernel, *config, target.stream, p, walk);
 }
 
-template <class T, int kVector, bool kResidual>
+template <class T, int kVector, int kKind>
 struct Backward {
   using Acc = acc_t<T>;
-  static constexpr auto kKernel = bn_act_bwd_kernel<T, kVector, kResidual>;
-  static constexpr int kSums = kResidual ? 3 : 2;
+  static constexpr auto kKernel = bn_act_bwd_kernel<T, kVector, kKind>;
+  static constexpr int kSums = kKind == kResidualBackward ? 3 : 2;
   static constexpr size_t kShared = kSums * kVector * kThreads * sizeof(Acc);
 
   static cudaError_t workspace(const BnActBwdParams& p, int device, int64_t* bytes) {
@@ -198,8 +213,9 @@ cudaError_t dispatch_backward(const BnActBwdParams& p, const F& f) {
     return dispatch_vector<T>(vectors, [&](auto vector) {
       constexpr int kVector = decltype(vector)::value;
       // By res_sums: an empty tensor has a null pointer too, and its sums are still to be written.
-      if (p.res_sums != nullptr) return f(Backward<T, kVector, true>{});
-      return f(Backward<T, kVector, false>{});
+      if (p.res_sums != nullptr) return f(Backward<T, kVector, kResidualBackward>{});
+      if (p.scale != nullptr) return f(Backward<T, kVector, kFromY>{});
+      return f(Backward<T, kVector, kPlainBackward>{});
     });
   });
 }
@@ -229,7 +245,11 @@ cudaError_t launch_bn_act_bwd(const BnActBwdParams& p, const CudaTarget& target,
   if (p.shape.c == 0) return cudaSuccess;
   if (p.sums == nullptr) return cudaErrorInvalidValue;
   if (p.shape.numel() > 0) {
-    if (any_null(p.grad, p.y, p.mean, p.g, p.workspace)) return cudaErrorInvalidValue;
+    if (any_null(p.grad, p.y, p.mean, p.workspace)) return cudaErrorInvalidValue;
+    if ((p.scale == nullptr) != (p.bias == nullptr)) return cudaErrorInvalidValue;
+    if (p.scale != nullptr && (p.a != nullptr || p.res_sums != nullptr)) {
+      return cudaErrorInvalidValue;
+    }
     if (p.res_sums != nullptr && any_null(p.res_y, p.res_mean)) return cudaErrorInvalidValue;
   }
   const DeviceGuard guard(target.device);

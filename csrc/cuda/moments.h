@@ -101,7 +101,8 @@ struct Moments {
   // Bytes of shared memory that merge_lanes needs.
   static constexpr size_t kShared = (2 * kVector + 1) * kThreads * sizeof(Acc);
 
-  // The lanes of each column join lane 0, in a tree. `shared` is kShared bytes for the block.
+  // The lanes of each column join lane 0, in a tree. `shared` is kShared bytes for the block. One
+  // barrier a step: what a step reads, no thread changes before the next one.
   __device__ void merge_lanes(const Strip<kVector>& strip, Acc* shared) {
     Acc* const own = shared + threadIdx.x;  // [2*kVector + 1][kThreads]
     for (int left = strip.walk.lanes;; left = (left + 1) / 2) {
@@ -124,7 +125,6 @@ struct Moments {
         }
         count += other[0];
       }
-      __syncthreads();
     }
   }
 };

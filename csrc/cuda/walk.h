@@ -145,6 +145,20 @@ __device__ __forceinline__ void store_channels(const Strip<kVector>& strip, Acc*
   for (int i = 0; i < kVector; ++i) vector[strip.channel + i] = values[i];
 }
 
+// values where round(relu((y - mean)*scale + bias)) lets them pass. The activation is the forward's
+// to the bit: one that rounds to zero masks.
+template <class T, int kVector, class Acc>
+__device__ __forceinline__ void mask_from_y(const Acc (&y)[kVector], const Acc (&mean)[kVector],
+                                            const Acc (&scale)[kVector], const Acc (&bias)[kVector],
+                                            Acc (&values)[kVector]) {
+  Acc u[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) u[i] = (y[i] - mean[i]) * scale[i] + bias[i];
+  const Vector<T, kVector> a = rounded<T, kVector>(u);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = relu_gate(to_acc(a.values[i]), values[i]);
+}
+
 // Adds up what the lanes of each column have, in a fixed order; lane 0 gets the sums. Needs shared
 // memory for kCount * kThreads values.
 template <int kCount, int kVector, class Acc>

@@ -106,6 +106,8 @@ def conv_bn_bwd(
     memory_format: torch.memory_format,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw."""
+    # where it was emitted, a residual may have joined: it is not saved then
+    from_x = a is None and source.residual is None
     if a is None:
         a = materialise(light, source)
     da, dw = convolution_backward(dy, a, weight, conv, need_input, need_weight)
@@ -118,8 +120,9 @@ def conv_bn_bwd(
         return (da if grad_a is None else da.add_(grad_a)), None, None, dw
     mask = a if source.relu else None
     res_y = source.residual if source.res_mean is not None else None
+    affine = (source.scale, source.bias) if from_x else None
     g, sums, res_sums = light.bn_act_bwd(
-        da, grad_a, mask, source.x, source.mean, res_y, source.res_mean, out=da
+        da, grad_a, mask, source.x, source.mean, res_y, source.res_mean, out=da, affine=affine
     )
     return g, sums, res_sums, dw
 

@@ -15,6 +15,7 @@ from fusedres.native import require
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 NHWC, NCHW = 0, 1
 OPTIONAL = {"residual", "res_mean", "res_scale", "res_bias", "grad_extra", "a", "res_y", "out"}
+OPTIONAL |= {"own_scale", "own_bias", "mask_bias"}
 
 # dtype, sizes, layout, device (-1: the CPU), threads or stream: how every kernel's arguments begin
 Head = tuple[int, tuple[int, ...], int, int, int]

@@ -25,7 +25,7 @@ from fusedres.native._args import (
     vectors,
     workspace,
 )
-from fusedres.native.bn_act import bn_act_fwd
+from fusedres.native.bn_act import bn_act_bwd, bn_act_fwd, masked_sums
 
 # mean, biased var, rstd, scale, bias: [C] each
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -177,9 +177,11 @@ def batch_norm_bwd(
     training: bool,
     weight_dtype: torch.dtype | None,  # of dweight; None: there is none
     bias_dtype: torch.dtype | None,
+    mask_bias: Tensor | None = None,  # [C], on a GPU: g is yet to be masked by relu, bias included
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy = scale*g + c0 + c1*(y - mean) with c0 = c1 = 0 unless training, dweight and dbias."""
-    per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
+    per_channel: dict[str, Tensor | None] = {"mean": mean, "scale": scale, "rstd": rstd}
+    per_channel |= {"sums": sums, "mask_bias": mask_bias}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
     for dtype in (weight_dtype, bias_dtype):
         if dtype is not None and dtype not in DTYPES:
@@ -188,7 +190,9 @@ def batch_norm_bwd(
     args = head(y)
     if on_cpu(args):
         work = vectors(y, 2)  # named, so that it lives as long as its address is in use
-        inputs = pointers(g, y, mean, scale, rstd, sums, dy, work)
+        if mask_bias is not None:
+            raise ValueError("batch_norm_bwd: mask_bias is for a GPU")
+        inputs = pointers(g, y, mean, scale, rstd, sums, None, dy, work)
         require().batch_norm_bwd(args, training, inputs, (0, 0), (0, 0))
         return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
     if y.numel() == 0:
@@ -197,6 +201,31 @@ def batch_norm_bwd(
         None if dtype is None else torch.empty(y.size(1), dtype=dtype, device=y.device)
         for dtype in (weight_dtype, bias_dtype)
     )
-    inputs = pointers(g, y, mean, scale, rstd, sums, dy, None)
+    inputs = pointers(g, y, mean, scale, rstd, sums, mask_bias, dy, None)
     require().batch_norm_bwd(args, training, inputs, numbered(dweight), numbered(dbias))
     return dy, dweight, dbias
+
+
+def batch_norm_act_bwd(
+    grad: Tensor,  # [N, C, H, W]
+    out: Tensor | None,  # [N, C, H, W], the activation; None: no ReLU
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C], as are the next three
+    scale: Tensor,
+    bias: Tensor,
+    rstd: Tensor,
+    residual: bool,  # whether one joined, whose gradient g is
+    training: bool,
+    weight_dtype: torch.dtype | None,  # of dweight; None: there is none
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """(g or None, dy, dweight, dbias): bn_act_bwd and batch_norm_bwd.
+
+    On a GPU without a residual both passes take the mask from y, and g is never written.
+    """
+    rest = (training, weight_dtype, bias_dtype)
+    if out is not None and not residual and not on_cpu(head(y)):
+        sums = masked_sums(grad, y, mean, scale, bias)
+        return None, *batch_norm_bwd(grad, y, mean, scale, rstd, sums, *rest, mask_bias=bias)
+    g, sums, _ = bn_act_bwd(grad, None, out, y, mean, None, None)
+    return g, *batch_norm_bwd(g, y, mean, scale, rstd, sums, *rest)

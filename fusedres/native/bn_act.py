@@ -6,7 +6,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres.native import require
-from fusedres.native._args import check, head, like, pointers, vectors, workspace
+from fusedres.native._args import (
+    Head,
+    check,
+    described,
+    head,
+    like,
+    on_cpu,
+    pointers,
+    vectors,
+    workspace,
+)
 
 
 def bn_act_fwd(
@@ -42,16 +52,19 @@ def bn_act_bwd(
     res_y: Tensor | None,  # [N, C, H, W], of a residual that is normalised too
     res_mean: Tensor | None,  # [C]
     out: Tensor | None = None,  # receives g; may be grad
+    affine: tuple[Tensor, Tensor] | None = None,  # scale, bias: `a` is their round(relu(...)) of y
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(g, sums [2, C], res_sums [2, C] or None).
 
     g is grad itself where there is nothing to change (neither `a` nor `grad_extra`) and no `out`.
+    On a GPU an activation that follows from y alone is not read, but computed anew.
     """
     if (res_y is None) != (res_mean is None):
         raise ValueError("bn_act_bwd: res_y and res_mean come together")
     full = {"grad": grad, "grad_extra": grad_extra, "a": a, "res_y": res_y, "out": out}
-    check("bn_act_bwd", y, full, {"mean": mean, "res_mean": res_mean})
-    c = require()
+    scale, bias = affine or (None, None)
+    vectors_given = {"mean": mean, "res_mean": res_mean, "own_scale": scale, "own_bias": bias}
+    check("bn_act_bwd", y, full, vectors_given)
     args = head(y)
     if a is not None or grad_extra is not None:
         g = like(y) if out is None else out
@@ -61,7 +74,46 @@ def bn_act_bwd(
         grad = g = out.copy_(grad)
     sums = vectors(y, 2)
     res_sums = None if res_y is None else vectors(y, 2)
-    tensors = pointers(grad, grad_extra, a, y, mean, res_y, res_mean, g, sums, res_sums)
+    if on_cpu(args) or a is None or res_y is not None:
+        scale = bias = None
+    masks = (a, None, None) if scale is None else (None, scale, bias)
+    _run(args, y, grad, grad_extra, masks, mean, res_y, res_mean, g, sums, res_sums)
+    return g, sums, res_sums
+
+
+def masked_sums(
+    grad: Tensor,  # [N, C, H, W]
+    y: Tensor,  # [N, C, H, W], on a GPU
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+) -> Tensor:
+    """bn_act_bwd's sums [2, C] for a = round(relu((y - mean)*scale + bias)), without g."""
+    check("masked_sums", y, {"grad": grad}, {"mean": mean, "scale": scale, "bias": bias})
+    args, sums = head(y), vectors(y, 2)
+    if on_cpu(args):
+        raise ValueError(f"masked_sums: y must be on a GPU, got {described(y)}")
+    masks = (None, scale, bias)
+    _run(args, y, grad, None, masks, mean, None, None, None, sums, None)
+    return sums
+
+
+def _run(
+    args: Head,
+    y: Tensor,
+    grad: Tensor,
+    grad_extra: Tensor | None,
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],  # a; scale, bias
+    mean: Tensor,
+    res_y: Tensor | None,
+    res_mean: Tensor | None,
+    g: Tensor | None,
+    sums: Tensor,
+    res_sums: Tensor | None,
+) -> None:
+    c, (a, scale, bias) = require(), masks
+    tensors = pointers(
+        grad, grad_extra, a, y, mean, scale, bias, res_y, res_mean, g, sums, res_sums
+    )
     work = workspace(c.bn_act_bwd_workspace(args, (*tensors, 0)), y)
     c.bn_act_bwd(args, (*tensors, work.data_ptr()))
-    return g, sums, res_sums

@@ -35,7 +35,12 @@ library.define(
     "batch_norm_act_fwd(Tensor y, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, bool training, float momentum, Tensor? momentum_tensor, float eps,"
     " Tensor? residual, bool relu, str backend) -> (Tensor out, Tensor mean, Tensor rstd,"
-    " Tensor scale)"
+    " Tensor scale, Tensor bias)"
+)
+library.define(
+    "batch_norm_act_bwd(Tensor grad, Tensor? out, Tensor y, Tensor mean, Tensor scale, Tensor bias,"
+    " Tensor rstd, bool residual, bool training, ScalarType? weight_dtype, ScalarType? bias_dtype,"
+    " str backend) -> (Tensor g, Tensor dy, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -76,12 +81,54 @@ def _act_fwd(
     running = (running_mean, running_var)
     norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
     moves(training, *running)
-    out, (mean, _, rstd, scale, _) = kernel(y, *norm, residual, relu)
-    return out, mean, rstd, scale
+    out, (mean, _, rstd, scale, bias) = kernel(y, *norm, residual, relu)
+    return out, mean, rstd, scale, bias
 
 
 def _act_fwd_fake(y: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return torch.empty_like(y), *statistics_fake(y)[:3]
+    return torch.empty_like(y), *statistics_fake(y)[:4]
+
+
+def _act_bwd(
+    grad: Tensor,
+    out: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    rstd: Tensor,
+    residual: bool,
+    training: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    kernel = backends.kernels(backend, "batch_norm").batch_norm_act_bwd
+    types = (weight_dtype, bias_dtype)
+    g, dy, *gradients = kernel(grad, out, y, mean, scale, bias, rstd, residual, training, *types)
+    if out is None or not residual:
+        g = y.new_empty(0)  # grad itself, which an op may not return, or of no use
+    return g, dy, *(mean.new_empty(0) if t is None else t for t in gradients)
+
+
+def _act_bwd_fake(
+    grad: Tensor,
+    out: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    rstd: Tensor,
+    residual: bool,
+    training: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    g = torch.empty_like(y) if residual and out is not None else y.new_empty(0)
+    types = (weight_dtype, bias_dtype)
+    vectors = (mean.new_empty(0 if t is None else mean.size(0), dtype=t) for t in types)
+    return g, torch.empty_like(y), *vectors
 
 
 def _bwd(
@@ -157,8 +204,10 @@ def present(gradients: Sequence[Tensor], *types: torch.dtype | None) -> list[Ten
 library.impl("batch_norm_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_bwd", _bwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_act_fwd", _act_fwd, "CompositeExplicitAutograd")
+library.impl("batch_norm_act_bwd", _act_bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedres::batch_norm_fwd", statistics_fake)
 torch.library.register_fake("fusedres::batch_norm_act_fwd", _act_fwd_fake)
+torch.library.register_fake("fusedres::batch_norm_act_bwd", _act_bwd_fake)
 torch.library.register_fake("fusedres::batch_norm_bwd", _bwd_fake)
 
 
@@ -238,7 +287,7 @@ class BatchNormFunction(torch.autograd.Function):
 
 class BatchNormActFunction(torch.autograd.Function):
     """y, weight, bias, running_mean, running_var, residual, training, momentum, eps, relu, backend
-    -> out. Saves y, mean, rstd, scale, and the output where ReLU is on.
+    -> out. Saves y, mean, rstd, scale, bias, and the output where ReLU is on.
     """
 
     @staticmethod
@@ -257,11 +306,11 @@ class BatchNormActFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         amount = momentum_arguments(momentum)
-        out, mean, rstd, scale = torch.ops.fusedres.batch_norm_act_fwd(
+        out, mean, rstd, scale, shift = torch.ops.fusedres.batch_norm_act_fwd(
             y, weight, bias, running_mean, running_var, training, *amount, eps, residual, relu,
             backend,
         )  # fmt: skip
-        ctx.save_for_backward(y, mean, rstd, scale, out if relu else None)
+        ctx.save_for_backward(y, mean, rstd, scale, shift, out if relu else None)
         ctx.parameters = dtype_of(weight), dtype_of(bias)
         ctx.training, ctx.backend = training, backend
         ctx.has_residual = residual is not None
@@ -270,19 +319,20 @@ class BatchNormActFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, mean, rstd, scale, out = contract.stored_alike(*ctx.saved_tensors)
+        y, mean, rstd, scale, bias, out = contract.stored_alike(*ctx.saved_tensors)
         grad = contract.dense(grad, memory_format_of(y))
-        g, sums, _ = torch.ops.fusedres.bn_act_bwd(grad, out, y, mean, None, None, ctx.backend)
-        if out is None:
-            g = grad
         dy = None
         if ctx.needs_input_grad[0]:
-            dy, *gradients = torch.ops.fusedres.batch_norm_bwd(
-                g, y, mean, scale, rstd, sums, ctx.training, *ctx.parameters, ctx.backend
-            )
+            g, dy, *gradients = torch.ops.fusedres.batch_norm_act_bwd(
+                grad, out, y, mean, scale, bias, rstd, ctx.has_residual, ctx.training,
+                *ctx.parameters, ctx.backend,
+            )  # fmt: skip
             gradients = present(gradients, *ctx.parameters)
         else:
+            g, sums, _ = torch.ops.fusedres.bn_act_bwd(grad, out, y, mean, None, None, ctx.backend)
             gradients = list(parameter_gradients(sums, rstd, *ctx.parameters))
+        if out is None:
+            g = grad
         g_residual = g if ctx.has_residual else None
         return dy, *gradients, None, None, g_residual, None, None, None, None, None
 

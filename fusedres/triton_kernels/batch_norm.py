@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedres._norm import parameter_gradients
 from fusedres.triton_kernels._args import acc, check, described, like, rows, vectors
 from fusedres.triton_kernels._launch import launch
-from fusedres.triton_kernels.bn_act import WARPS, bn_act_fwd, chunks, second_stage, tile
+from fusedres.triton_kernels.bn_act import WARPS, bn_act_bwd, bn_act_fwd, chunks, second_stage, tile
 from fusedres.triton_kernels.device.batch_norm import (
     batch_norm_bwd_kernel,
     batch_norm_finish_kernel,
@@ -200,3 +200,22 @@ def batch_norm_bwd(
         num_warps=WARPS,
     )
     return dy, dweight, dbias
+
+
+def batch_norm_act_bwd(
+    grad: Tensor,  # [N, C, H, W]
+    out: Tensor | None,  # [N, C, H, W], the activation; None: no ReLU
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C], as are the next three
+    scale: Tensor,
+    bias: Tensor,
+    rstd: Tensor,
+    residual: bool,  # whether one joined, whose gradient g is
+    training: bool,
+    weight_dtype: torch.dtype | None,  # of dweight; None: there is none
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """(g, dy, dweight, dbias): bn_act_bwd and batch_norm_bwd."""
+    g, sums, _ = bn_act_bwd(grad, None, out, y, mean, None, None)
+    rest = (training, weight_dtype, bias_dtype)
+    return g, *batch_norm_bwd(g, y, mean, scale, rstd, sums, *rest)

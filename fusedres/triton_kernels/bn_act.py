@@ -117,6 +117,7 @@ def bn_act_bwd(
     res_y: Tensor | None,  # [N, C, H, W], of a residual that is normalised too
     res_mean: Tensor | None,  # [C]
     out: Tensor | None = None,  # receives g; may be grad
+    affine: tuple[Tensor, Tensor] | None = None,  # scale, bias that `a` follows from: it is read
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(g, sums [2, C], res_sums [2, C] or None).
 

@@ -21,7 +21,8 @@ struct BatchNormStatsParams {
 };
 
 // dy = scale*g + c0 + c1*(y - mean), with c0 = -scale*S0/M and c1 = -scale*rstd^2*S1/M in training,
-// c0 = c1 = 0 where the statistics were constants.
+// c0 = c1 = 0 where the statistics were constants. On the GPU, where bias is given, g has not been
+// through the mask of relu((y - mean)*scale + bias), which is applied here.
 struct BatchNormBwdParams {
   DType dtype;
   Shape shape;
@@ -32,6 +33,7 @@ struct BatchNormBwdParams {
   const void* scale;      // [C]
   const void* rstd;       // [C]
   const void* sums;       // [2, C]: S0 = sum g, S1 = sum g*(y - mean)
+  const void* bias;       // [C], like mean, or null: g is masked already
   void* dy;               // [N, C, H, W], may be g or y itself
   void* workspace;        // CPU: [2, C], like sums: c0 and c1
   MutableVector dweight;  // CUDA: [C] = S1*rstd, or null

@@ -30,6 +30,8 @@ struct BnActFwdParams {
 // da = grad [+ grad_extra];  g = a <= 0 ? 0 : da, rounded to the dtype;  over the rounded g:
 //   sums     = (sum g, sum g*(y - mean))
 //   res_sums = (sum g, sum g*(res_y - res_mean))
+// On the GPU scale and bias may stand in for an activation without a residual, which is then
+// computed from y anew, to the same bits; and g may be null there: only the sums are wanted.
 struct BnActBwdParams {
   DType dtype;
   Shape shape;
@@ -38,9 +40,11 @@ struct BnActBwdParams {
   const void* a;           // [N, C, H, W], or null: no ReLU
   const void* y;           // [N, C, H, W]
   const void* mean;        // [C], float (double for a double y)
+  const void* scale;       // [C], like mean, with bias and without a and res_y; or null
+  const void* bias;        // [C]
   const void* res_y;       // [N, C, H, W] or null
   const void* res_mean;    // [C] or null
-  void* g;                 // [N, C, H, W], may be grad itself; not written without a or grad_extra
+  void* g;                 // [N, C, H, W], may be grad itself; not written where it is that
   void* sums;              // [2, C], like mean
   void* res_sums;          // [2, C], or null without res_y
   void* workspace;         // CPU: double [partial_rows(shape), res_sums ? 3 : 2, C];
