@@ -5,6 +5,7 @@
 // grid it merges the partial rows of its own channels, in the order every other block does, and
 // writes a from shared memory. Reads y [and residual], writes a: 4 or 6 bytes per element of a half
 // type, where two kernels move 6 or 8. Blocks of the first chunk leave the statistics.
+#include "cuda/grid_barrier.h"
 #include "cuda/moments.h"
 #include "fusedres/batch_norm.h"
 

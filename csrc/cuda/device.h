@@ -1,9 +1,11 @@
-// The words of device code that a host compiler lacks: shared memory, the grid's barrier, accesses
-// with cache hints, conversions. Each has a twin in tests/cuda_emulator, with which g++ compiles
-// every kernel of this folder for the CPU, to be tested where there is no GPU.
+// The words of device code that a host compiler lacks: shared memory, accesses with cache hints,
+// conversions (and the grid's barrier, in grid_barrier.h). Each has a twin in tests/cuda_emulator,
+// with which g++ compiles every kernel of this folder for the CPU, to be tested where there is no
+// GPU.
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <type_traits>
 
@@ -12,7 +14,6 @@
 
 #ifdef __CUDACC__
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -25,9 +26,6 @@ template <class T>
 __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
-
-// Every thread of a cooperative launch waits for all the others.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // An access of 2, 4, 8 or 16 bytes is one instruction on the word of that size.
 template <int kBytes>
