@@ -117,6 +117,12 @@ def ops(
     grad = full()
     looked_at(*bn_act.bn_act_bwd(grad, None, a, y, mean, None, None, grad))
     yield
+    looked_at(*bn_act.bn_act_bwd(full(), r, a, y, mean, None, None, affine=(scale, bias)))
+    yield
+    for residual, kinds in ((True, (None, None)), (False, (torch.float32, torch.float64))):
+        vectors = (mean, scale, bias, vector(0.5, 1.5))
+        looked_at(*batch_norm.batch_norm_act_bwd(r, a, y, *vectors, residual, True, *kinds))
+        yield
 
     momentum = torch.tensor(0.25).to(device)
     training = y.numel() > c

@@ -195,6 +195,24 @@ def test_bn_act_bwd(
         check(name, stat_dtype(dtype), ours, theirs, truth, y)
 
 
+@every_case
+def test_masks_that_follow_from_y(
+    shape: Shape, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """To the bit those of the activation that the forward wrote."""
+    make = Make(shape, dtype, layout)
+    grad, y, (mean, scale, bias) = make.full(), make.full(), make.affine()
+    a = bn_act.bn_act_fwd(y, mean, scale, bias, None, None, None, None, True)
+    g, sums, _ = bn_act.bn_act_bwd(grad, None, a, y, mean, None, None)
+    found = bn_act.bn_act_bwd(grad, None, a, y, mean, None, None, affine=(scale, bias))
+    assert torch.equal(found[0], g) and torch.equal(found[1], sums)
+    assert torch.equal(bn_act.masked_sums(grad, y, mean, scale, bias), sums)
+    rest = (y, mean, scale, make.vector(0.5, 1.5), sums, True, None, None)
+    dy, _, _ = batch_norm.batch_norm_bwd(g, *rest)
+    masked, _, _ = batch_norm.batch_norm_bwd(grad, *rest, mask_bias=bias)
+    assert torch.equal(masked, dy)
+
+
 # in training with a number or a tensor as momentum, or with frozen statistics
 MODES = ["number", "tensor", "frozen"]
 

@@ -25,16 +25,20 @@ pytestmark = pytest.mark.skipif(
 
 # fp64 against plain PyTorch to 1e-10 says all that gradcheck would, and NCHW is NHWC there; the
 # light passes that a split plan consists of have their own suites
-SUITES = {
-    "in_interpreter": "",
-    "test_conv_bn": "triton and not nchw and not gradcheck"
-    " and not (split and (float32 or float16))",
-    "test_bn_relu_maxpool": "triton and not nchw and not gradcheck",
-    "test_bn_act": "triton and not nchw and not gradcheck",
-    "test_batch_norm": "triton and not nchw and not gradcheck",
-    "test_add_relu": "triton and not gradcheck",
-    "test_blocks": "triton and not nchw and not hooks",
+ELSE = "triton and not nchw and not gradcheck"
+SUITES = {  # a name: the file, and what of it
+    "in_interpreter, networks": ("in_interpreter", "small_resnet"),
+    "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
+    "test_bn_act": ("test_bn_act", ELSE),
+    "test_batch_norm": ("test_batch_norm", ELSE),
+    "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
+SLOW = {
+    "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
+    "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),
+    "test_blocks": ("test_blocks", "triton and not nchw and not hooks"),
+}
+NAMES = [*SUITES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def python(*args: str, interpret: bool) -> subprocess.CompletedProcess[str]:
@@ -58,22 +62,28 @@ def _versions(*packages: str) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def suites() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """All suites at once, two at a time."""
+def suites(
+    request: pytest.FixtureRequest,
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Those of the suites that are selected, two at a time."""
     triton, numpy = _versions("triton", "numpy")
     if triton < (3, 7) and numpy >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 fails with numpy 2.4")
 
-    def run(name: str, select: str) -> subprocess.CompletedProcess[str]:
-        path = str(TESTS / f"{name}.py")
+    def run(file: str, select: str) -> subprocess.CompletedProcess[str]:
+        path = str(TESTS / f"{file}.py")
         options = ("-q", "-p", "no:cacheprovider", "-k", select)
         return python("-m", "pytest", path, *options, interpret=True)
 
+    selected = {item.name for item in request.session.items}
+    wanted = {
+        n: s for n, s in (SUITES | SLOW).items() if f"test_in_the_interpreter[{n}]" in selected
+    }
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name, select) for name, select in SUITES.items()}
+        yield {name: pool.submit(run, *suite) for name, suite in wanted.items()}
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", NAMES)
 def test_in_the_interpreter(
     name: str,
     suites: dict[str, Future[subprocess.CompletedProcess[str]]],
