@@ -109,7 +109,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("epochs", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_and_resumed(tmp_path: Path, data: Path, finished: Path, epochs: int) -> None:
     run = start("train", "--data", str(data), *OPTIONS, "--out", str(tmp_path))
     wait_for((tmp_path / ("log.csv" if epochs else "checkpoint.pt")).exists, run)
@@ -125,6 +125,7 @@ def test_killed_and_resumed(tmp_path: Path, data: Path, finished: Path, epochs: 
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES  # no half of a file is left
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(tmp_path: Path, data: Path, finished: Path) -> None:
     run = start("train", "--data", str(data), *OPTIONS, "--out", str(tmp_path))
     wait_for((tmp_path / "log.csv").exists, run)
@@ -156,6 +157,7 @@ def test_out_of_room(tmp_path: Path, data: Path, finished: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # no half of a file
 
 
+@pytest.mark.slow
 def test_the_whole_group_stopped_while_workers_read(tmp_path: Path) -> None:
     """As `timeout` and batch systems stop a program."""
     images, labels = tiny.pictures(600)

@@ -99,6 +99,7 @@ def test_in_the_interpreter(
         print("\n" + "\n".join([*numbers, f"{name}: {last}"]))
 
 
+@pytest.mark.slow  # .ci/run compiles them for more GPUs
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """Those of a ResNet-50 training step, in bf16 for sm_90, by the gates of triton_compile.py."""
     launches, table = launches_of_a_step(tmp_path / "launches.json"), tmp_path / "table.json"
