@@ -154,7 +154,7 @@ def test_wrong_calls_end_in_exceptions(backend: str) -> None:
         for index in source.sample(range(len(arguments)), count):
             try:
                 arguments[index] = wrong.value(arguments[index])
-            except (RuntimeError, IndexError, NotImplementedError):
+            except (RuntimeError, IndexError):
                 continue  # there is no such tensor
         before = [t.clone() for t in plain(arguments)]
         try:

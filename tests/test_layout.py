@@ -17,7 +17,8 @@ PACKAGE = Path(fusedres.__file__).resolve().parent
 # a module may import what stands below it; a room imports torch, its own files, and the leaf
 # _tensors
 LEVELS = [
-    {"_tensors", "_conv", "_norm", "_plan_table", "_version", "_C"},
+    {"_tensors", "_version", "_C"},
+    {"_checks", "_conv", "_norm", "_plan_table"},
     {"reference", "library", "native", "triton_kernels"},
     {"deferred", "backends"},
     {"ops"},
@@ -29,7 +30,7 @@ LEVELS = [
     {"bench", "cli"},
     {"__init__", "__main__"},
 ]
-ROOMS = LEVELS[1]
+ROOMS = LEVELS[2]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedres._checks import described
 from fusedres.native import _args, require
-from fusedres.native._args import DTYPES, described
+from fusedres.native._args import DTYPES
 
 
 def pack(

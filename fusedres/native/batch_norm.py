@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedres._checks import check_norm
 from fusedres._norm import normalizers, parameter_gradients, update_running
 from fusedres._tensors import elements_per_channel, stat_dtype
 from fusedres.native import require
 from fusedres.native._args import (
     DTYPES,
-    Head,
     check,
-    check_parameters,
     head,
     like,
     numbered,
@@ -61,8 +60,6 @@ class _OnGpu:
         amount = None
         if isinstance(momentum, Tensor):
             amount = momentum.detach()
-            if amount.dim() != 0 or amount.device != y.device or amount.layout != torch.strided:
-                raise ValueError(f"momentum must be a number or 0-d on {y.device}, got {amount}")
             if amount.dtype not in DTYPES:
                 amount = amount.float()
         self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
@@ -95,7 +92,9 @@ def batch_norm_fwd(
 ) -> Statistics:
     """mean, biased var, rstd, scale and bias: fresh [C] tensors, copies where they are frozen."""
     norm = (bn_weight, bn_bias, running_mean, running_var)
-    args = _checked_head("batch_norm_fwd", y, *norm, training)
+    check("batch_norm_fwd", y)
+    check_norm("batch_norm_fwd", y, *norm, training, momentum)
+    args = head(y)
     if not on_cpu(args):
         c, gpu = require(), _OnGpu(y, *norm, momentum, eps)
         given = (args, training, *gpu.numbers, gpu.vectors)
@@ -114,28 +113,6 @@ def batch_norm_fwd(
     return mean, var, *normalizers(mean, var, bn_weight, bn_bias, eps)
 
 
-def _checked_head(
-    op: str,
-    y: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-) -> Head:
-    check(op, y)
-    running = {"running_mean": running_mean, "running_var": running_var}
-    check_parameters(op, y, bn_weight=bn_weight, bn_bias=bn_bias, **running)
-    if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
-        raise ValueError(f"{op}: running_mean and running_var come together, and where frozen")
-    for name, v in running.items():
-        if training and v is not None and v.numel() > 1 and v.stride(0) == 0:
-            raise ValueError(f"{op}: {name} is expanded, it cannot be moved in place")
-    if training and running_mean is not None and elements_per_channel(y) == 1:
-        raise ValueError(f"{op}: one value per channel has no unbiased variance to move towards")
-    return head(y)
-
-
 def batch_norm_act_fwd(
     y: Tensor,  # [N, C, H, W]
     bn_weight: Tensor | None,  # [C], of any floating dtype, as are the next three
@@ -150,8 +127,9 @@ def batch_norm_act_fwd(
 ) -> tuple[Tensor, Statistics]:
     """batch_norm_fwd and bn_act_fwd; on a GPU in one kernel where y fits on the chip."""
     norm = (bn_weight, bn_bias, running_mean, running_var)
-    args = _checked_head("batch_norm_act_fwd", y, *norm, training)
     check("batch_norm_act_fwd", y, {"residual": residual})
+    check_norm("batch_norm_act_fwd", y, *norm, training, momentum)
+    args = head(y)
     if training and not on_cpu(args):
         c, gpu = require(), _OnGpu(y, *norm, momentum, eps)
         a = like(y)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fusedres._checks import described
 from fusedres.native import require
 from fusedres.native._args import (
     Head,
     check,
-    described,
     head,
     like,
     on_cpu,

@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres._checks import check_dense
 from fusedres._tensors import stored_format
 from fusedres.native import require
-from fusedres.native._args import check, described, head, like, on_cpu, pointers, vectors, workspace
+from fusedres.native._args import check, head, like, on_cpu, pointers, vectors, workspace
 
 
 def _pooled(extent: int, kernel_size: int, stride: int, padding: int) -> int:
@@ -62,16 +63,7 @@ def bn_relu_maxpool_bwd(
     _check_window(op, kernel_size, stride, padding)
     check(op, y, {}, {"mean": mean, "scale": scale, "bias": bias})
     height, width = (_pooled(extent, kernel_size, stride, padding) for extent in y.shape[2:])
-    pooled = (*y.shape[:2], height, width)
-    if not (
-        tuple(grad.shape) == pooled
-        and (grad.dtype, grad.device, grad.layout) == (y.dtype, y.device, y.layout)
-        and grad.is_contiguous(memory_format=stored_format(y))
-    ):
-        raise ValueError(
-            f"{op}: grad must be {y.dtype} {list(pooled)}, dense in {stored_format(y)}, got "
-            f"{described(grad)}"
-        )
+    check_dense(op, "grad", grad, (*y.shape[:2], height, width), y)
     c = require()
     args = head(y)
     g, sums = like(y), vectors(y, 2)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fusedres import _norm
+from fusedres._checks import DTYPES
 from fusedres._tensors import elements_per_channel, memory_format_of, stat_dtype
 from fusedres.deferred import Deferred
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 library = torch.library.Library("fusedres", "FRAGMENT")
 
 

@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from functools import partial
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from fusedres import _checks
 from fusedres._tensors import INTERPRETED, stat_dtype
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-OPTIONAL = {"residual", "res_mean", "res_scale", "res_bias"}  # what may be None
-OPTIONAL |= {"grad_extra", "a", "grad_a", "res_y", "out"}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def check(
-    op: str,
-    y: Tensor,
-    full: Mapping[str, Tensor | None] = MappingProxyType({}),
-    per_channel: Mapping[str, Tensor | None] = MappingProxyType({}),
-    name: str = "y",
-) -> None:
-    """What stands between a caller of torch.ops.fusedres and a bare pointer.
-
-    `full` tensors are to be like y [N, C, H, W], dense in channels_last; `per_channel` ones [C] or,
-    if sums, [2, C], in the dtype of y's statistics. Those of the names in OPTIONAL may be None. (A
-    schema's Tensor lets None through.)
-
-    Raises:
-        ValueError: one of them is not; nothing has run.
-    """
-    dense = y.layout == torch.strided
-    if y.dim() != 4 or y.device.type != DEVICE or y.dtype not in DTYPES or not dense:
-        raise ValueError(f"{op}: {name} must be [N, C, H, W] on {DEVICE}, got {described(y)}")
-    for label, t in {name: y, **full}.items():
-        if not (t is None and label in OPTIONAL) and not (
-            isinstance(t, Tensor)
-            and t.shape == y.shape
-            and (t.dtype, t.device, t.layout) == (y.dtype, y.device, y.layout)
-            and t.is_contiguous(memory_format=torch.channels_last)
-        ):
-            raise ValueError(
-                f"{op}: {label} must be {y.dtype} {list(y.shape)}, dense in channels_last on "
-                f"{y.device}, got {described(t)}"
-            )
-    dtype = stat_dtype(y.dtype)
-    for label, v in per_channel.items():
-        shape = (2, y.size(1)) if "sums" in label else (y.size(1),)
-        if not (v is None and label in OPTIONAL) and not (
-            isinstance(v, Tensor)
-            and tuple(v.shape) == shape
-            and (v.dtype, v.device, v.layout) == (dtype, y.device, y.layout)
-            and v.is_contiguous()
-        ):
-            raise ValueError(
-                f"{op}: {label} must be contiguous {dtype} {list(shape)} on {y.device}, got "
-                f"{described(v)}"
-            )
-
-
-def described(t: object) -> str:
-    """An argument as an error message names it."""
-    if not isinstance(t, Tensor):
-        return type(t).__name__
-    strides = f" with strides {list(t.stride())}" if t.layout == torch.strided else f", {t.layout}"
-    return f"{t.dtype} {list(t.shape)}{strides} on {t.device}"
+check = partial(_checks.check, devices=(DEVICE,), memory_format=torch.channels_last)
 
 
 def rows(y: Tensor) -> int:

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedres.triton_kernels._args import DEVICE, DTYPES, acc, described
+from fusedres._checks import check_alike
+from fusedres.triton_kernels._args import DEVICE, acc
 from fusedres.triton_kernels._launch import launch
 from fusedres.triton_kernels.device.add_relu import add_relu_bwd_kernel, add_relu_fwd_kernel
 
@@ -18,21 +19,7 @@ WARPS = 4
 
 def _run(op: str, kernel: Any, first: Tensor, second: Tensor) -> Tensor:
     """Runs the kernel on two tensors of one device and layout; the result is like the first."""
-    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
-    if not alike or first.dtype not in DTYPES or first.device.type != DEVICE:
-        raise ValueError(
-            f"{op}: needs two tensors alike on {DEVICE}, got {described(first)} and "
-            f"{described(second)}"
-        )
-    channels_last = torch.channels_last if first.dim() == 4 else torch.contiguous_format
-    if not any(
-        all(t.is_contiguous(memory_format=order) for t in (first, second))
-        for order in (torch.contiguous_format, channels_last)
-    ):
-        raise ValueError(
-            f"{op}: needs two tensors that are dense in one memory format, got {described(first)} "
-            f"and {described(second)}"
-        )
+    check_alike(op, first, second, (DEVICE,))
     result = torch.empty_like(first)
     numel, block = first.numel(), BLOCK_BYTES // first.element_size()
     grid = (triton.cdiv(numel, block),)

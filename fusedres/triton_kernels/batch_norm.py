@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedres._checks import check_norm, described
 from fusedres._norm import parameter_gradients
-from fusedres.triton_kernels._args import acc, check, described, like, rows, vectors
+from fusedres.triton_kernels._args import acc, check, like, rows, vectors
 from fusedres.triton_kernels._launch import launch
 from fusedres.triton_kernels.bn_act import WARPS, bn_act_bwd, bn_act_fwd, chunks, second_stage, tile
 from fusedres.triton_kernels.device.batch_norm import (
@@ -123,13 +124,9 @@ def _finish(
     count, channels = rows(y), y.size(1)
     parts = 0 if part is None else part.size(0)
     training = part is not None
-    if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
-        raise ValueError(f"{op}: running_mean and running_var come together, and where frozen")
+    check_norm(op, y, bn_weight, bn_bias, running_mean, running_var, training, momentum)
     norm = {"bn_weight": bn_weight, "bn_bias": bn_bias}
     norm |= {"running_mean": running_mean, "running_var": running_var}
-    for name, v in norm.items():
-        if v is not None and not (v.shape == (channels,) and v.device == y.device):
-            raise ValueError(f"{op}: {name} must be [{channels}] on {y.device}, got {described(v)}")
     if part is not None and not (
         part.shape == (parts, 2, channels)
         and part.dtype == vectors(y, 0).dtype
@@ -143,7 +140,7 @@ def _finish(
     outputs = tuple(vectors(y) for _ in range(5))
     move = training and running_mean is not None and count > 0
     stored = {name: None if v is None else v.contiguous() for name, v in norm.items()}
-    amount = momentum.detach().to(y.device) if isinstance(momentum, Tensor) else None
+    amount = momentum.detach() if isinstance(momentum, Tensor) else None
     halves = (0.0, 0.0) if isinstance(momentum, Tensor) else _halves(momentum)
     wide = {acc(y.dtype)} | {acc(v.dtype) for v in (running_mean, running_var) if v is not None}
     block_rows, columns, warps = second_stage(parts)

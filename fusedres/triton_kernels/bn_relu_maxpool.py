@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedres.triton_kernels._args import acc, check, described, like, rows, vectors
+from fusedres._checks import check_dense
+from fusedres.triton_kernels._args import acc, check, like, rows, vectors
 from fusedres.triton_kernels._launch import launch
 from fusedres.triton_kernels.bn_act import WARPS, chunks, finish_sums, tile
 from fusedres.triton_kernels.device.bn_relu_maxpool import (
@@ -83,16 +84,7 @@ def bn_relu_maxpool_bwd(
     _check_window(op, kernel_size, stride, padding)
     check(op, y, {}, {"mean": mean, "scale": scale, "bias": bias})
     height, width = _pooled(y, kernel_size, stride, padding)
-    pooled = (*y.shape[:2], height, width)
-    if not (
-        tuple(grad.shape) == pooled
-        and (grad.dtype, grad.device) == (y.dtype, y.device)
-        and grad.is_contiguous(memory_format=torch.channels_last)
-    ):
-        raise ValueError(
-            f"{op}: grad must be {y.dtype} {list(pooled)}, dense in channels_last on {y.device}, "
-            f"got {described(grad)}"
-        )
+    check_dense(op, "grad", grad, (*y.shape[:2], height, width), y, torch.channels_last)
     g = like(y)
     cell = 2 if (kernel_size, stride) == (3, 2) else 1
     # cells of 2 start where windows do, `padding` before the image; those of 1 are its pixels

@@ -10,10 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedres._checks import described
 from fusedres._conv import Conv, Source, output_shape
 from fusedres._plan_table import Shape, device_name
 from fusedres._tensors import INTERPRETED, conv_allows_tf32, stat_dtype
-from fusedres.triton_kernels._args import acc, check, described, like, rows, vectors
+from fusedres.triton_kernels._args import acc, check, like, rows, vectors
 from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import launch, multiprocessors
 from fusedres.triton_kernels.batch_norm import (
