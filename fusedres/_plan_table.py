@@ -1,4 +1,5 @@
-"""The table of measured plans and kernel configurations, shipped as plan_table.json.
+"""The table of measured plans and kernel configurations: shipped as plan_table.json, and what
+`fusedres tune` measured on this machine, in the user's cache, which comes first.
 
 A leaf: backends asks it for plans and for who runs a light pass, triton_kernels for configurations.
 An entry names a device (as torch does), a dtype, and one of two things. The shape of a convolution,
@@ -10,8 +11,12 @@ the heuristics of those who ask decide.
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,27 +41,77 @@ class Shape(NamedTuple):
     rows: int | None = None  # N*OH*OW of the output; None: not known yet, taken as large
 
 
+def user_path() -> Path:
+    """Where the user's own table is, or would be."""
+    cache_home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache_home) if cache_home else Path.home() / ".cache") / "fusedres" / PATH
+
+
 @torch.compiler.assume_constant_result
 def entries() -> list[dict[str, Any]]:
-    """All entries, checked.
+    """All entries, checked, the user's first. A table of the user's that cannot be used is passed
+    over, with a warning.
 
     Raises:
-        ValueError: the table is of another format, or an entry is malformed.
+        ValueError: the shipped table is of another format, or an entry is malformed.
     """
     return _read()
 
 
 @cache
 def _read() -> list[dict[str, Any]]:
-    table = json.loads(resources.files("fusedres").joinpath(PATH).read_text())
-    if table.get("format") != FORMAT:
-        raise ValueError(f"{PATH}: format must be {FORMAT}, got {table.get('format')!r}")
+    return [*user_entries(), *shipped_entries()]
+
+
+def shipped_entries() -> list[dict[str, Any]]:
+    """Those that come with the package."""
+    return entries_of(resources.files("fusedres").joinpath(PATH).read_text())
+
+
+def user_entries() -> list[dict[str, Any]]:
+    """Those that `fusedres tune` wrote; none where there is no table, or none that can be used."""
+    path = user_path()
+    try:
+        return entries_of(path.read_text()) if path.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.getLogger("fusedres").warning(
+            "%s cannot be used: %s; `fusedres tune --clear` removes it", path, error
+        )
+        return []
+
+
+def text_of(table: Sequence[dict[str, Any]]) -> str:
+    """A table as its file holds it, an entry a line.
+
+    Raises:
+        ValueError: an entry is malformed.
+    """
+    for entry in table:
+        check(entry)
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table)
+    body = f"[\n{lines}\n ]" if table else "[]"
+    return f'{{\n "format": {FORMAT},\n "entries": {body}\n}}\n'
+
+
+def reload() -> None:
+    """Read the tables anew, after one was written."""
+    for function in (_read, _light, lookup):
+        function.cache_clear()
+
+
+def entries_of(text: str) -> list[dict[str, Any]]:
+    """Those of a table, checked; ValueError where it is malformed."""
+    table = json.loads(text)
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        found = table.get("format") if isinstance(table, dict) else type(table).__name__
+        raise ValueError(f"{PATH}: format must be {FORMAT}, got {found!r}")
     for entry in table["entries"]:
-        _check(entry)
-    return table["entries"]
+        check(entry)
+    return list(table["entries"])
 
 
-def _check(entry: dict[str, Any]) -> None:
+def check(entry: dict[str, Any]) -> None:
+    """Raises ValueError where an entry is malformed."""
     if "op" in entry:
         _check_light(entry)
         return

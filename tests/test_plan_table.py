@@ -162,13 +162,13 @@ def test_an_entry_configures_kernels(table: Callable[..., None]) -> None:
 )
 def test_malformed_entries_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _plan_table._check(ENTRY | changes)
+        _plan_table.check(ENTRY | changes)
     with pytest.raises(ValueError, match="an entry has"):
-        _plan_table._check({k: v for k, v in ENTRY.items() if k != "kernel"})
+        _plan_table.check({k: v for k, v in ENTRY.items() if k != "kernel"})
     light = LIGHT | {"bytes": [0, None], "backend": "cuda"}
-    _plan_table._check(light)
+    _plan_table.check(light)
     for wrong in ({"bytes": [1]}, {"backend": "warp"}, {"op": "conv"}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            _plan_table._check(light | wrong)
+            _plan_table.check(light | wrong)
     with pytest.raises(ValueError, match="an entry of an op has"):
-        _plan_table._check(light | {"rows": [0, None]})
+        _plan_table.check(light | {"rows": [0, None]})

@@ -1,16 +1,17 @@
-"""How fast: paired timing, and the ways of running a network that are held against each other."""
+"""How fast: paired timing, the ways of running a network that are held against each other, suites
+of measurements, and the rows, tables and pages that come of them.
+"""
 
-from fusedres.bench.harness import Comparison, Spread, compare, timer_for
-from fusedres.bench.providers import PROVIDERS, Provider, Workload, inference, training_step
+from fusedres.bench.harness import Comparison, Spread, compare, stopwatch_for
+from fusedres.bench.providers import Provider, Workload, build, default_names
 
 __all__ = [
     "Comparison",
-    "PROVIDERS",
     "Provider",
     "Spread",
     "Workload",
+    "build",
     "compare",
-    "inference",
-    "timer_for",
-    "training_step",
+    "default_names",
+    "stopwatch_for",
 ]

@@ -5,12 +5,75 @@ In every round each provider runs once, so that all of them meet the same moods 
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import math
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
+
+
+class Lap(NamedTuple):
+    """What a call took, in seconds: of the device that did the work, and of a wall clock."""
+
+    seconds: float
+    wall: float
+
+
+class Stopwatch(Protocol):
+    """Calls a function and says what that took."""
+
+    def __call__(self, run: Callable[[], object]) -> Lap: ...
+
+
+class HostStopwatch:
+    """Takes the time from the host's clock."""
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
+        self.timer = timer
+
+    def __call__(self, run: Callable[[], object]) -> Lap:
+        start = self.timer()
+        run()
+        elapsed = self.timer() - start
+        return Lap(elapsed, elapsed)
+
+
+class EventStopwatch:
+    """Takes a GPU's time from CUDA events around the call, the wall's from the host, which waits
+    for the GPU before it starts and before it stops.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, run: Callable[[], object]) -> Lap:
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize(self.device)
+        wall = time.perf_counter() - start
+        return Lap(before.elapsed_time(after) * 1e-3, wall)
+
+
+def stopwatch_for(device: str | torch.device) -> Stopwatch:
+    """The one that sees what the device does."""
+    device = torch.device(device)
+    return EventStopwatch(device) if device.type == "cuda" else HostStopwatch()
 
 
 @dataclass(frozen=True)
@@ -28,9 +91,11 @@ class Comparison:
 
     Attributes:
         seconds: by provider, one per round in the order of the rounds.
+        wall: the same by the wall clock.
     """
 
     seconds: dict[str, tuple[float, ...]]
+    wall: dict[str, tuple[float, ...]]
 
     def spread(self, name: str) -> Spread:
         """Of the provider's seconds."""
@@ -50,7 +115,8 @@ def compare(
     *,
     rounds: int = 10,
     warmup: int = 2,
-    timer: Callable[[], float] = time.perf_counter,
+    budget: float = math.inf,
+    stopwatch: Stopwatch | None = None,
 ) -> Comparison:
     """Time each provider once a round, in an order that moves on by one from round to round.
 
@@ -58,7 +124,9 @@ def compare(
         providers: functions without arguments, by name.
         rounds: timed rounds, at least 1.
         warmup: rounds before them that do not count.
-        timer: the time in seconds; `timer_for(device)` where work is queued on a device.
+        budget: seconds after which no further round starts, once three are done.
+        stopwatch: by default the host's clock; `stopwatch_for(device)` where work is queued on a
+            device.
 
     Raises:
         ValueError: no providers, or rounds or warmup out of range.
@@ -68,29 +136,103 @@ def compare(
     if rounds < 1 or warmup < 0:
         raise ValueError(f"compare: needs rounds >= 1 and warmup >= 0, got {rounds} and {warmup}")
     names = list(providers)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(warmup + rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            start = timer()
-            providers[name]()
-            elapsed = timer() - start
-            if i >= warmup:
-                seconds[name].append(elapsed)
-    return Comparison({name: tuple(values) for name, values in seconds.items()})
+    laps: dict[str, list[Lap]] = {name: [] for name in names}
+    stopwatch = stopwatch or HostStopwatch()
+    start = time.perf_counter()
+    with _no_garbage_collection():
+        for i in range(warmup + rounds):
+            if i >= warmup + 3 and time.perf_counter() - start > budget:
+                break
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                lap = stopwatch(providers[name])
+                if i >= warmup:
+                    laps[name].append(lap)
+    return Comparison(
+        {name: tuple(lap.seconds for lap in of) for name, of in laps.items()},
+        {name: tuple(lap.wall for lap in of) for name, of in laps.items()},
+    )
 
 
-def timer_for(device: str | torch.device) -> Callable[[], float]:
-    """time.perf_counter, on a GPU after everything queued there is done."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return time.perf_counter
+class Rotation(Generic[T]):
+    """Runs a function over sets of inputs in turn, `count` of them a call: where the sets together
+    exceed the cache several times, none is found there.
+    """
 
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
+    def __init__(self, run: Callable[[T], object], sets: Sequence[T], count: int) -> None:
+        self.run, self.sets, self.count, self.at = run, sets, count, 0
 
-    return synchronised
+    def __call__(self) -> None:
+        for _ in range(self.count):
+            self.run(self.sets[self.at])
+            self.at = (self.at + 1) % len(self.sets)
+
+
+def captured(run: Callable[[], object], pool: Any = None) -> Callable[[], None]:
+    """The run as a CUDA graph that is replayed.
+
+    Args:
+        run: queues work on the current stream and never waits for it.
+        pool: memory shared with other graphs (torch.cuda.graph_pool_handle). Graphs may share it
+            that each compute all they read, but for what lives outside: they overwrite each other.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph.replay
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before memory: a GPU's L2, a CPU's largest."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
+    return max(sizes, default=32 << 20)
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc's malloc keep large buffers instead of mapping each anew, as if the process had
+    been started with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1: on a CPU fresh pages cost more
+    than many a pass over them, and hide what a benchmark is about.
+
+    Returns:
+        Whether this C library took the settings.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+
+
+def profiler(on_gpu: bool, **options: Any) -> torch.profiler.profile:
+    """torch's, without its messages on stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities, **options)
+
+
+@contextmanager
+def _no_garbage_collection() -> Any:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _spread(values: np.ndarray) -> Spread:

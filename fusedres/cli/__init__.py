@@ -12,7 +12,7 @@ import torch
 
 from fusedres import backends
 from fusedres._version import __version__
-from fusedres.cli import demo, evaluate, gradients, info, predict, summary, train
+from fusedres.cli import bench, demo, evaluate, gradients, info, predict, summary, train, tune
 from fusedres.cli._command import UserError
 from fusedres.training import TrainingError
 from fusedres.training.files import one_line
@@ -20,7 +20,7 @@ from fusedres.training.files import one_line
 __all__ = ["main"]
 
 COMMANDS = [module.COMMAND for module in (info, demo, train, evaluate, predict)]
-COMMANDS += [summary.COMMAND, gradients.COMMAND]
+COMMANDS += [summary.COMMAND, gradients.COMMAND, bench.COMMAND, tune.COMMAND]
 
 
 class _Parser(argparse.ArgumentParser):

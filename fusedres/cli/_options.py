@@ -62,6 +62,17 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def fraction(text: str) -> float:
+    """For argparse: a number from 0 up to 10, 0.1 for 10%."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 10, got {text!r}")
+    return value
+
+
 def at_least(minimum: int, maximum: int = 2**31 - 1) -> Any:
     """For argparse: an integer from `minimum` up (and not beyond what anything here can use)."""
 

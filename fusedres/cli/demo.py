@@ -20,7 +20,7 @@ from torch import nn
 
 from fusedres._tensors import autocast
 from fusedres._version import __version__
-from fusedres.bench import Comparison, Workload, compare, timer_for, training_step
+from fusedres.bench import Comparison, Workload, build, compare, stopwatch_for
 from fusedres.cli import _digits
 from fusedres.cli._command import Command, UserError
 from fusedres.cli._digits import Parity, Training
@@ -125,9 +125,11 @@ def run(args: argparse.Namespace) -> int:
         f"(limit {parity.limit:.0e})"
     )
     with _timed(seconds, "step time"):
-        providers = [training_step(name, scale.timing) for name in ("fused", "unfused")]
+        names = {"fused": "fusedres", "unfused": "eager"}
         times = compare(
-            {p.name: p.run for p in providers}, rounds=scale.rounds, timer=timer_for(device)
+            {label: build(name, scale.timing).run for label, name in names.items()},
+            rounds=scale.rounds,
+            stopwatch=stopwatch_for(device),
         )
     for line in _step_time_lines(times, scale):
         _say(line)

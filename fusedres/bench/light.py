@@ -1,16 +1,20 @@
-"""The rows of light_passes.py: a pass's inputs and bytes, who else can do it, and the truth."""
+"""Light passes at ResNet-50's sizes: inputs and bytes, who else can do them, and the truth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres import backends
 from fusedres._tensors import per_channel, stat_dtype
+from fusedres.bench.measure import own_backends
+from fusedres.bench.ops import Candidate, OpCase
 from fusedres.models import FusedResNet50
 from fusedres.native import _pack
 from fusedres.reference.bn_act import bn_act as plain_bn_act
@@ -393,28 +397,6 @@ def add_relu_passes() -> list[Pass]:
     ]
 
 
-def pack_row(dtype: torch.dtype, device: str) -> tuple[Pass, list[Tensor]]:
-    """The cast of all weights of a ResNet-50, which has no activation's size."""
-    weights = [w.detach() for w in FusedResNet50().parameters() if w.dim() == 4]
-    weights = [w.to(device).contiguous(memory_format=torch.channels_last) for w in weights]
-
-    def eager(t: Inputs) -> Results:
-        casts = [torch.empty_like(w, dtype=dtype) for w in t["weights"]]
-        torch._foreach_copy_(casts, t["weights"])
-        return casts
-
-    row = Pass(
-        "pack, 53 weights",
-        0,
-        lambda make: {"weights": [w.clone(memory_format=torch.preserve_format) for w in weights]},
-        lambda k, t: _pack.pack(t["weights"], dtype),
-        "empty_like, _foreach_copy_",
-        eager,
-        lambda t: [w.double() for w in t["weights"]],
-    )
-    return row, weights
-
-
 PASSES = [
     forward_pass("bn_act_fwd", 2, ""),
     forward_pass("bn_act_fwd, residual", 3, "tensor"),
@@ -430,3 +412,69 @@ PASSES = [
     pool_backward_pass(),
     *add_relu_passes(),
 ]
+
+
+# --- as cases of a suite --------------------------------------------------------------------------
+
+
+def light_cases(
+    device: torch.device, dtype: torch.dtype, batches: Sequence[int], quick: bool = False
+) -> list[OpCase]:
+    """Every pass at every size of a ResNet-50; `quick`: at two sizes of each at most."""
+    cases = []
+    for row in PASSES:
+        sizes = [s for s in row.sizes if not quick or s in (SIZES[0], SIZES[4])]
+        shapes = [(batch, c, s, s) for batch in batches for c, s in sizes]
+        cases += [_case(row, shape, dtype, device) for shape in shapes]
+    if dtype != torch.float32 and device.type == "cuda":
+        cases.append(_pack_case(dtype, device))
+    return cases
+
+
+def _case(row: Pass, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> OpCase:
+    candidates = [
+        Candidate(f"fusedres-{name}", partial(row.ours, _kernels_of(name)), name)
+        for name in own_backends("bn_act", device, dtype)
+    ]
+    if device.type == "cuda" or row.torch_on_cpu:
+        candidates.append(Candidate("eager", row.torch, note=row.torch_name))
+    return OpCase(
+        {"section": "light", "case": row.name, "shape": list(shape), "batch": shape[0]},
+        dtype,
+        float(row.bytes(shape, dtype.itemsize)),
+        0.0,
+        lambda seed: row.inputs(Make(shape, dtype, str(device), seed)),
+        tuple(candidates),
+        lambda t: row.truth(wide(t)),
+    )
+
+
+def _pack_case(dtype: torch.dtype, device: torch.device) -> OpCase:
+    """The cast of all weights of a ResNet-50, which has no activation's size."""
+    weights = [w.detach() for w in FusedResNet50().parameters() if w.dim() == 4]
+    weights = [w.to(device).contiguous(memory_format=torch.channels_last) for w in weights]
+    numel = sum(w.numel() for w in weights)
+
+    def eager(t: Inputs) -> Results:
+        casts = [torch.empty_like(w, dtype=dtype) for w in t["weights"]]
+        torch._foreach_copy_(casts, t["weights"])
+        return casts
+
+    candidates = [Candidate("eager", eager, note="empty_like, _foreach_copy_")]
+    if "cuda" in own_backends("bn_act", device, dtype):
+        ours = Candidate("fusedres-cuda", lambda t: _pack.pack(t["weights"], dtype), "cuda")
+        candidates.insert(0, ours)
+    return OpCase(
+        {"section": "light", "case": "pack, 53 weights", "shape": [numel], "batch": None},
+        dtype,
+        float(numel * (4 + dtype.itemsize)),
+        0.0,
+        lambda seed: {"weights": [w.clone(memory_format=torch.preserve_format) for w in weights]},
+        tuple(candidates),
+        lambda t: [w.double() for w in t["weights"]],
+    )
+
+
+def _kernels_of(backend: str) -> dict[str, Any]:
+    ops = ("bn_act", "batch_norm", "bn_relu_maxpool", "add_relu")
+    return {op: backends.kernels(backend, op) for op in ops}

@@ -1,0 +1,161 @@
+"""Two files of results against each other, and one against limits: what got slower or wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedres.bench.rows import Row, key, label
+from fusedres.testing import FACTOR, FLOOR
+
+MARGIN = {"cpu": 0.25, "gpu": 0.10}  # of change that is taken for noise
+LIMIT = {"section", "case", "shape", "dtype", "name", "ratio", "margin"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row that is in both files.
+
+    Attributes:
+        what: the row in words.
+        by: the new time over the old one: above 1 is slower. On a CPU both are times over that of
+            the provider they were measured beside, or over what the ceilings of their run allow.
+        verdict: "slower", "faster", "same", "wrong" or "failed".
+        detail: what the verdict rests on.
+    """
+
+    what: str
+    by: float
+    verdict: str
+    detail: str
+
+
+def changes(old: Sequence[Row], new: Sequence[Row], margin: float | None = None) -> list[Change]:
+    """What became of each row of `old` that is in `new` as well, the worst first.
+
+    A row is slower, or faster, where the medians part by more than the margin and the ranges from
+    the 20th to the 80th percentile do not touch. It is wrong where its error is more than twice
+    what it was, and more than the floor of its dtype.
+
+    Args:
+        margin: 0.1 for 10%; by default 0.25 on a CPU and 0.10 on a GPU.
+
+    Raises:
+        ValueError: the files have no row in common.
+    """
+    before = {(row["device"], key(row)): row for row in old if "error" not in row}
+    found = []
+    for row in new:
+        match = before.get((row["device"], key(row)))
+        if match is not None and row["section"] != "ceilings" and row["name"] != "copy":
+            found.append(_change(match, row, margin))
+    if not found:
+        raise ValueError(
+            "the two files have no row in common: the same device, section, case, shape, dtype, "
+            "batch, name and plan"
+        )
+    order = ["failed", "wrong", "slower", "faster", "same"]
+    return sorted(found, key=lambda change: (order.index(change.verdict), -change.by))
+
+
+def _change(old: Row, new: Row, margin: float | None) -> Change:
+    what = in_words(new)
+    if "error" in new:
+        return Change(what, math.inf, "failed", new["error"])
+    if _is_worse(old, new):
+        detail = f"error {new['max_error']:.1e}, was {old['max_error']:.1e}"
+        return Change(what, _times(new)[0] / _times(old)[0], "wrong", detail)
+    if margin is None:
+        margin = MARGIN["cpu" if new["device"] == "cpu" else "gpu"]
+    (was, was_p20, was_p80), (now, now_p20, now_p80) = _times(old), _times(new)
+    by = now / was
+    verdict = "same"
+    if by > 1 + margin and now_p20 > was_p80:
+        verdict = "slower"
+    if by < 1 / (1 + margin) and now_p80 < was_p20:
+        verdict = "faster"
+    return Change(what, by, verdict, f"{was:.3g} -> {now:.3g} {_unit(new)}")
+
+
+def _times(row: Row) -> tuple[float, float, float]:
+    """Median, p20, p80: milliseconds on a GPU; on a CPU, whose moods outweigh most changes, over
+    the provider that took turns with it, or over what the run's own ceilings allow.
+    """
+    if row["device"] != "cpu":
+        return row["ms"], row["p20"], row["p80"]
+    if row.get("ratio") is not None and row.get("against") != row["name"]:
+        return row["ratio"], row["ratio_p20"], row["ratio_p80"]
+    scale = row["of_roofline"] if row.get("of_roofline") else 1.0 / row["ms"]
+    return 1 / scale, row["p20"] / row["ms"] / scale, row["p80"] / row["ms"] / scale
+
+
+def _unit(row: Row) -> str:
+    if row["device"] != "cpu":
+        return "ms"
+    if row.get("ratio") is not None and row.get("against") != row["name"]:
+        return f"of {row['against']}'s time"
+    return "of the roofline's time"
+
+
+def _is_worse(old: Row, new: Row) -> bool:
+    was, now = old.get("max_error"), new.get("max_error")
+    if was is None or now is None:
+        return False
+    floor = FLOOR[getattr(torch, new["dtype"])]
+    return not now <= FACTOR * was + floor
+
+
+def in_words(row: Row) -> str:
+    """What was measured, and who ran it."""
+    shape = "x".join(map(str, row.get("shape") or []))
+    parts = (row["section"], row.get("case") or "", shape, row["dtype"], label(row))
+    return ", ".join(filter(None, parts))
+
+
+# --- one file against limits ----------------------------------------------------------------------
+
+
+def read_limits(path: Path) -> list[dict[str, Any]]:
+    """A JSON list of limits: the row they are for, its ratio as once measured, and by what factor
+    it may be exceeded.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds anything else.
+    """
+    limits = json.loads(path.read_text())
+    if not isinstance(limits, list) or any(
+        not isinstance(limit, dict) or set(limit) != LIMIT or limit["margin"] < 1
+        for limit in limits
+    ):
+        raise ValueError(f"{path}: expected a list of limits with {', '.join(sorted(LIMIT))}")
+    return limits
+
+
+def exceeded(rows: Sequence[Row], limits: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each limit that does not hold, why: even the faster fifth of the rounds is too slow, or
+    there is no such row.
+    """
+    found = []
+    for limit in limits:
+        fields = [f for f in LIMIT if f not in ("ratio", "margin")]
+        matching = [row for row in rows if all(row.get(f) == limit[f] for f in fields)]
+        most = limit["ratio"] * limit["margin"]
+        what = in_words({**limit, "plan": None})
+        if not matching:
+            found.append(f"{what}: not measured")
+        for row in matching:
+            if row.get("ratio") is None:
+                found.append(f"{what}: {row.get('error') or 'nothing to hold it against'}")
+            elif row["ratio_p20"] > most:
+                found.append(
+                    f"{what}: {row['ratio']:.2f} of {row['against']}'s time "
+                    f"(p20 {row['ratio_p20']:.2f}), at most {most:.2f}"
+                )
+    return found
