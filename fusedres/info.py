@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedres import backends, native
+from fusedres import _plan_table, backends, native
 from fusedres._version import __version__
 
 
@@ -29,6 +29,11 @@ class Info(dict[str, Any]):
             lines.append(f"compiled extension: {extension['compiler']}")
             lines.append(f"  CUDA kernels: {f'CUDA {cuda} for {archs}' if cuda else 'not built'}")
         asked = self["requested_backend"]
+        plans = self["plan_table"]
+        lines.append(
+            f"plan table: {plans['shipped']} entries shipped, {plans['user']} by `fusedres tune` "
+            f"in {plans['path']}"
+        )
         lines.append(f"backend asked for: {asked}; CPU threads: {self['threads']}")
         width = max(map(len, self["backends"]))
         for name, backend in self["backends"].items():
@@ -43,8 +48,9 @@ def info() -> Info:
 
     Returns:
         A printable dict: version, python, torch, platform, devices, extension (None or compiler,
-        cuda_version, cuda_archs), requested_backend, threads, and backends by name, each with
-        ready, reason, ops, devices, dtypes.
+        cuda_version, cuda_archs), plan_table (entries shipped, of the user, and the path of the
+        user's), requested_backend, threads, and backends by name, each with ready, reason, ops,
+        devices, dtypes.
     """
     extension = native.load()
     devices = ["cpu"]
@@ -62,6 +68,11 @@ def info() -> Info:
             "compiler": extension.compiler,
             "cuda_version": extension.cuda_version,
             "cuda_archs": list(extension.cuda_archs),
+        },
+        plan_table={
+            "shipped": len(_plan_table.shipped_entries()),
+            "user": len(_plan_table.user_entries()),
+            "path": str(_plan_table.user_path()),
         },
         requested_backend=backends.requested_backend(),
         threads=torch.get_num_threads(),

@@ -2,12 +2,15 @@
 path.
 """
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import fusedres
+from fusedres import _plan_table
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -19,6 +22,9 @@ def pytest_configure() -> None:
             f"fusedres was imported from the source folder {package}, where it is not built; "
             'run `pip install ".[test]" && pytest` (not `python -m pytest`), or `pip install -e .`'
         )
+
+    if _plan_table.user_path().is_file():  # what was tuned on this machine is not what is tested
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fusedres-tests-")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

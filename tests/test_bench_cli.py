@@ -15,6 +15,7 @@ from fusedres import _plan_table
 from fusedres.bench import rows as results
 from fusedres.bench.measure import Ceilings, Job, Measured, Setting
 from fusedres.cli import bench, main
+from fusedres.info import info
 
 ROW = {"section": "train", "case": "resnet50", "shape": [4, 3, 224, 224], "batch": 4}
 ROW |= {"dtype": "float32", "device": "cpu", "plan": None, "backend": None, "against": "eager"}
@@ -42,7 +43,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[results.Row]:
 
     monkeypatch.setattr(bench, "jobs_of", jobs_of)
     monkeypatch.setattr(bench, "with_ceilings", with_ceilings)
-    monkeypatch.setattr(bench, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(bench, "prepare", lambda device: None)
     return found
 
 
@@ -255,6 +256,14 @@ def test_a_table_elsewhere_and_one_that_is_something_else(
     assert main(["tune", "--from", rows, "--out", str(out)]) == 1
     assert "holds another thing" in capsys.readouterr().err
     assert main(["tune", "--from", str(out)]) == 0 and out.read_text() == "[]"
+
+
+def test_info_counts_the_tables(cache: Path, tmp_path: Path) -> None:
+    main(["tune", "--from", written(tmp_path / "a.json", *both(256, 1.0, 1.5))])
+    found = info()
+    shipped = len(_plan_table.shipped_entries())
+    assert found["plan_table"] == {"shipped": shipped, "user": 1, "path": str(cache)}
+    assert f"{shipped} entries shipped, 1 by `fusedres tune` in {cache}" in str(found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has something to choose")

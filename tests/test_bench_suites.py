@@ -13,13 +13,13 @@ import torch
 from fusedres import backends
 from fusedres.bench import roofline
 from fusedres.bench.convolutions import DIRECTIONS, Site, conv_cases
+from fusedres.bench.judging import suspect
 from fusedres.bench.light import PASSES, light_cases
 from fusedres.bench.measure import Ceilings, Job, Setting, largest_error
 from fusedres.bench.networks import measure_network
 from fusedres.bench.ops import OpCase, measure_op, names_of
 from fusedres.bench.profile import profile_step
 from fusedres.bench.providers import Workload
-from fusedres.bench.report import suspect
 from fusedres.bench.suites import SUITES, jobs_of, setting_for
 from fusedres.bench.verdict import changes
 

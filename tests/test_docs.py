@@ -10,12 +10,18 @@ from types import ModuleType
 
 import pytest
 
+from fusedres.bench import rows as results
+from fusedres.bench.report import readme_tables
+from fusedres.bench.rows import Row
 from fusedres.cli import main
+from fusedres.cli.bench import BEGIN, END
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "docs").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.append(ROOT / "benchmarks" / "README.md")
+COMMANDS = "train|evaluate|predict|summary|gradients|bench|tune"
 
 
 def script(path: str) -> ModuleType:
@@ -41,6 +47,58 @@ def test_the_table_of_signs_is_that_of_the_results() -> None:
     assert abs(means["fused"] - means["unfused"]) <= 0.02
 
 
+def rows_of_results() -> list[Row]:
+    found = []
+    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.json")):
+        if path.name != "signs.json":
+            found += results.read([path])
+    return found
+
+
+def tables_of_the_readme() -> str:
+    _, begin, rest = (ROOT / "README.md").read_text().partition(BEGIN)
+    table, end, _ = rest.partition(END)
+    assert begin and end
+    return table
+
+
+def test_the_readmes_tables_are_those_of_the_results() -> None:
+    assert tables_of_the_readme().strip() == readme_tables(rows_of_results()).strip()
+
+
+def test_every_speed_in_the_readme_is_a_rows(  # not by the code that wrote it
+) -> None:
+    rows = [row for row in rows_of_results() if row["section"] in ("train", "infer")]
+    work = {"training": "train", "inference": "infer"}
+    cpu, _, gpu = tables_of_the_readme().partition("### GPU")
+    lines = [line.strip("| ").split(" | ") for line in cpu.splitlines() if line.startswith("|")]
+    header, _, *body = lines
+    checked = 0
+    for what, *cells in body:
+        kind, batch, dtype, size = what.split(", ")
+        for name, cell in zip(header, cells, strict=False):
+            asked = (work[kind], int(batch.removeprefix("batch ")), dtype, "cpu", name)
+            found = [
+                f"{1 / row['ratio']:.2f}x"
+                for row in rows
+                if (row["section"], row["batch"], row["dtype"], row["device"], row["name"]) == asked
+                and f"{row['shape'][-1]}x{row['shape'][-1]}" == size
+            ]
+            assert found == ([] if cell == "not measured" else [cell]), (what, name)
+            checked += len(found)
+    assert checked >= 8
+    if all(row["device"] == "cpu" for row in rows):
+        body = [line.split(" | ")[1:] for line in gpu.splitlines() if line.startswith("| t")]
+        assert {cell.strip("| ") for line in body for cell in line} == {"not measured"}
+    prose = (ROOT / "README.md").read_text().replace(tables_of_the_readme(), "")
+    assert not re.search(r"\d\.\d+ ?x\b|\d+ img/s|\d+(\.\d+)? ms\b", prose)
+
+
+def test_files_of_results_say_where_they_come_from() -> None:
+    for row in rows_of_results():
+        assert row["commit"] and row["torch"] and row["time"], row
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
@@ -50,11 +108,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = r"fusedres ((?:train|evaluate|predict|summary|gradients)\b[^`#\n]*)"
-    for line in re.findall(commands, page.read_text()):
+    for line in re.findall(rf"fusedres ((?:{COMMANDS})\b[^`#|&\n]*)", page.read_text()):
         command, *words = line.split()
+        action = [word for word in words[:1] if command == "bench" and word.isalpha()]
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([command, *action, "--help"])
         known = capsys.readouterr().out
         for word in words:
             if word.startswith("--"):

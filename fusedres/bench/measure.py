@@ -69,7 +69,7 @@ Work = tuple[float | None, float | None]  # bytes, FLOP
 
 @dataclass(frozen=True)
 class Measured:
-    """A row, and the seconds of each round that it stands for; () where it failed."""
+    """A row, and the seconds of a run in each round it stands for; () where it failed."""
 
     row: Row
     seconds: tuple[float, ...] = ()
@@ -162,7 +162,8 @@ def timed_rows(
                 "ratio_p20": paired.p20 * scale,
                 "ratio_p80": paired.p80 * scale,
             }
-        found.append(Measured({**row, **setting.where}, comparison.seconds[name]))
+        each = tuple(seconds / count for seconds in comparison.seconds[name])
+        found.append(Measured({**row, **setting.where}, each))
     return found
 
 

@@ -88,7 +88,8 @@ def measure_op(case: OpCase, setting: Setting) -> list[Measured]:
     candidates = [c for c in case.candidates if c.name in wanted]
     about = {c.label: _about(case, c) for c in candidates}
     failed: list[Measured] = []
-    truth = case.truth(first)
+    with torch.backends.cudnn.flags(benchmark=False):  # in fp64, and once: no algorithm is worth it
+        truth = case.truth(first)
     for candidate in list(candidates):
         try:
             results = candidate.run(first)

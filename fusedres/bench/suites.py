@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from fusedres.bench.convolutions import conv_cases
-from fusedres.bench.harness import cache_bytes
+from fusedres.bench.harness import cache_bytes, keep_freed_memory
 from fusedres.bench.light import light_cases
 from fusedres.bench.measure import Job, Measured, Setting, measure_ceilings, name_of
 from fusedres.bench.networks import BLOCKS, network_job
@@ -18,6 +18,16 @@ from fusedres.bench.rows import environment
 
 SUITES = ("ops", "blocks", "model")
 _SIZES = {"1": (56, 56), "2": (56, 28), "3": (28, 14), "4": (14, 7)}  # ConvBlock's, IdentityBlock's
+
+
+def prepare(device: torch.device) -> None:
+    """Set this process up as one that is measured: cuDNN tries its algorithms out, malloc keeps
+    what was freed.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
 
 
 def setting_for(

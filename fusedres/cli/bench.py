@@ -10,20 +10,22 @@ from typing import Any
 import torch
 
 from fusedres.bench import rows as results
-from fusedres.bench.harness import keep_freed_memory
+from fusedres.bench.judging import suspect
 from fusedres.bench.measure import Measured, Setting
 from fusedres.bench.profile import profile_step
 from fusedres.bench.providers import Way, Workload
-from fusedres.bench.report import suspect
+from fusedres.bench.report import readme_tables
 from fusedres.bench.report import write as write_report
 from fusedres.bench.rows import Row
-from fusedres.bench.suites import SUITES, jobs_of, setting_for, with_ceilings
+from fusedres.bench.suites import SUITES, jobs_of, prepare, setting_for, with_ceilings
 from fusedres.bench.verdict import changes, exceeded, in_words, read_limits
 from fusedres.cli._command import Command, UserError
 from fusedres.cli._options import add_device, at_least, fraction
 from fusedres.cli._options import device as device_of
+from fusedres.training.files import require, write_atomically
 
 OUT = Path("fusedres-bench.json")
+BEGIN, END = "<!-- benchmarks/results -->", "<!-- end -->"  # around the tables in the README
 RESULTS = Path("benchmarks/results")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     report.add_argument(
         "--out", type=Path, default=Path("fusedres-report"), help="folder (default %(default)s)"
+    )
+    report.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help=f"instead: put the tables of the model between the markers {BEGIN} and {END} of a "
+        "Markdown file",
     )
     report.set_defaults(action=_report)
 
@@ -138,10 +147,7 @@ def _prepared(
 ) -> tuple[Setting, torch.dtype]:
     device = device_of(args.device)
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.backends.cudnn.benchmark = True
-    else:
-        keep_freed_memory()
+    prepare(device)
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     return setting_for(device, quick, wanted, args.commit), dtype
 
@@ -165,8 +171,6 @@ def _add(path: Path, rows: list[Row], found: Sequence[Measured]) -> list[Row]:
 
 
 def _progress(jobs: Sequence[Any]) -> Any:
-    from fusedres.training.files import require
-
     bar = require("tqdm", "tqdm", "the progress bar").tqdm(jobs, unit="job", dynamic_ncols=True)
     for job in bar:
         bar.set_postfix_str(f"{job.section}: {job.title}"[:60])
@@ -203,8 +207,17 @@ def _report(args: argparse.Namespace) -> int:
     files = args.files or _result_files(RESULTS)
     if not files:
         raise UserError(f"no result files below {RESULTS}; name some, `fusedres bench` writes them")
-    for path in write_report(_read(files), args.out):
-        print(path)
+    if args.into is None:
+        for path in write_report(_read(files), args.out):
+            print(path)
+        return 0
+    before, begin, rest = args.into.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"--into: {args.into} has no {BEGIN} with {END} after it")
+    text = f"{before}{BEGIN}\n{readme_tables(_read(files))}\n{END}{after}"
+    write_atomically(args.into, text.encode())
+    print(args.into)
     return 0
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from fusedres import _plan_table
 from fusedres.bench import rows as results
+from fusedres.bench.judging import suspect
 from fusedres.bench.measure import own_backends
-from fusedres.bench.report import suspect
 from fusedres.bench.rows import Row
-from fusedres.bench.suites import jobs_of, setting_for
+from fusedres.bench.suites import jobs_of, prepare, setting_for
 from fusedres.bench.tune import entries_from
 from fusedres.cli._command import Command, UserError
 from fusedres.cli._options import add_device, at_least
@@ -85,6 +85,7 @@ def _measured(args: argparse.Namespace) -> list[Row]:
     if len(found) < 2 and "triton" not in found:
         print(f"{device.type}: every convolution is run by {found or ['reference']}, split")
         return []
+    prepare(device)
     setting = setting_for(device, args.quick)
     rows: list[Row] = []
     jobs = jobs_of("ops", setting, dtype, args.batch or (256, 32), args.quick)
