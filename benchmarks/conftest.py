@@ -15,7 +15,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fusedres.bench.measure import Job, Measured, Setting
+from fusedres.bench.measure import Job, Measured, Setting, run_job
 from fusedres.bench.rows import label
 from fusedres.bench.suites import jobs_of, prepare, setting_for, with_ceilings
 
@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [
         (job, name) for job in jobs_of(suite, setting, dtype, quick=quick) for name in job.names
     ]
-    ids = [f"{job.section}: {job.title}, {name}".replace(" ", "_") for job, name in pairs]
+    ids = [f"{job.about['section']}: {job.title}, {name}".replace(" ", "_") for job, name in pairs]
     metafunc.parametrize(("job", "name"), pairs, ids=ids)
 
 
@@ -75,7 +75,7 @@ def replayed(
         assert measured is not None, f"{name} was not measured"
         row = measured.row
         assert "error" not in row, row["error"]
-        benchmark.group = f"{job.section}: {job.title}"
+        benchmark.group = f"{job.about['section']}: {job.title}"
         benchmark.extra_info.update(row)
         REPLAY.load(measured.seconds)
         benchmark.pedantic(lambda: None, rounds=len(measured.seconds))
@@ -105,5 +105,5 @@ def _measured(job: Job, setting: Setting, dtype: torch.dtype) -> dict[str, Measu
         _CEILINGS[dtype], _ = with_ceilings(setting, dtype)
     if job.title not in _DONE:
         _DONE.clear()
-        _DONE[job.title] = {label(m.row): m for m in job.run(_CEILINGS[dtype])}
+        _DONE[job.title] = {label(m.row): m for m in run_job(job, _CEILINGS[dtype])}
     return _DONE[job.title]

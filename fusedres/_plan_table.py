@@ -167,7 +167,10 @@ def _light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | N
 
 @cache
 def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | None:
-    """The first entry for such a convolution on the device of this name."""
+    """What the entries say of such a convolution on the device of this name, the first of them
+    first: one may hold its plan, another its configurations.
+    """
+    found: dict[str, Any] = {}
     for entry in (e for e in entries() if "op" not in e):
         least, most = entry.get("rows", (0, None))
         rows = shape.rows
@@ -178,8 +181,8 @@ def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | No
             and (entry["in_channels"], entry["out_channels"]) == shape[:2]
             and (tuple(entry["kernel"]), tuple(entry["stride"])) == shape[2:4]
         ):
-            return entry
-    return None
+            found = entry | found
+    return found or None
 
 
 @torch.compiler.assume_constant_result

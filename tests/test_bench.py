@@ -147,7 +147,7 @@ def test_rows_of_a_comparison() -> None:
         {"slow": 1, "fast": 2},
         {name: ABOUT | {"name": name} for name in ("slow", "fast")},
         SETTING,
-        work={"slow": (3.5e9, 7e9), "fast": (None, None)},
+        work={"slow": [(3.5e9, 7e9)], "fast": [(2e9, 0.0), (0.0, 8e9)]},
         ceilings=Ceilings(1e9, 4e9),
         anchor="fast",
     )
@@ -160,7 +160,8 @@ def test_rows_of_a_comparison() -> None:
     assert slow["of_roofline"] == pytest.approx(0.5)  # 3.5 s for the bytes, 1.75 s for the FLOP
     assert slow["against"] == "fast" and fast["ratio"] == 1
     assert slow["ratio"] == pytest.approx(2 * 2)  # two runs of the fast one a round
-    assert fast["gb_s"] is None and "of_roofline" not in fast
+    assert (fast["bytes"], fast["flops"]) == (2e9, 8e9)
+    assert fast["of_roofline"] == pytest.approx(4 / 1.25)  # kernel by kernel: 2 s and 2 s
     assert slow["device"] == "cpu"
 
 

@@ -34,7 +34,15 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[results.Row]:
     found = [network("eager", 1.0), network("fusedres-cpp", 1.25)]
 
     def jobs_of(suite: str, *_: Any) -> list[Job]:
-        job = Job("train", "batch 4", ("eager",), lambda _: [Measured(row) for row in found])
+        about = {f: ROW[f] for f in ("section", "case", "shape", "dtype", "batch")}
+        names = ("eager", "fusedres-cpp")
+
+        def run_it(_: Setting) -> list[Measured]:
+            if not found:
+                raise OSError("no space\nat all")
+            return [Measured(row) for row in found]
+
+        job = Job(about, "batch 4", names, run_it)
         return [job] if suite == "model" else []
 
     def with_ceilings(setting: Setting, _: torch.dtype) -> tuple[Setting, list[Measured]]:
@@ -80,10 +88,29 @@ def test_a_wrong_result_of_ours_ends_in_an_error_code(
     assert "failed         train, resnet50" in capsys.readouterr().out
 
 
+def test_a_job_that_fails_leaves_its_reason_and_one_that_is_done_is_left_out(
+    measured: list[results.Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "--commit", "c0ffee", "--out", str(tmp_path / "rows.json")]
+    for found in measured:
+        found["commit"] = "c0ffee"
+    assert main(command) == 0
+    measured.clear()
+    assert main([*command, "--resume"]) == 0
+    assert "failed" not in capsys.readouterr().out
+    assert main([*command[:1], "--commit", "decaf", *command[3:], "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("failed         train, resnet50") == 2 and "OSError: no space\n" in said
+    rows = results.read([tmp_path / "rows.json"])
+    assert {row["error"] for row in rows if row["section"] == "train"} == {"OSError: no space"}
+
+
 def test_no_job_and_no_such_provider(
     measured: list[results.Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "rows.json")]
+    assert main(["bench", "--suite", "model", "--providers", "convolution", *out]) == 2
+    assert "'convolution', accepted:" in capsys.readouterr().err
     assert main(["bench", "--suite", "ops", "--only", "nothing", *out]) == 1
     assert "no job's title holds 'nothing'" in capsys.readouterr().err
     assert main(["bench", "--providers", "fusedres-opencl", *out]) == 2
@@ -105,7 +132,7 @@ def test_compare_and_gate_end_in_an_error_code(
     slow = row(ms=2.0, p20=1.9, p80=2.1, ratio=0.9, ratio_p20=0.85, ratio_p80=0.95)
     new = written(tmp_path / "new.json", slow, row(name="eager"))
     assert main(["bench", "compare", old, old]) == 0
-    assert "2 same, 0 faster, 0 slower, 0 wrong, 0 failed" in capsys.readouterr().out
+    assert "2 same, 0 faster, 0 slower, 0 wrong, 0 missing, 0 failed" in capsys.readouterr().out
     assert main(["bench", "compare", old, new]) == 1
     said = capsys.readouterr().out
     assert "slower    2.00x the time  light, bn_act_fwd, 2x64x8x8, float32, fusedres-cuda" in said
@@ -211,8 +238,8 @@ def test_tune_writes_the_users_table_which_comes_first(
     assert main(["tune", "--from", files]) == 0
     said = capsys.readouterr().out
     assert f"2 entries measured, 0 kept, in {cache}" in said
-    assert "new  NVIDIA H200, bfloat16, 64 -> 256, 1x1/1: fused" in said
-    assert "new  NVIDIA H200, float32, bn_act: cuda" in said
+    assert "H200, bfloat16, 64 -> 256, 1x1/1 (from 200,704 pixels): fused" in said
+    assert "new  NVIDIA H200, float32, bn_act (from 4,096 bytes): cuda" in said
     shape = _plan_table.Shape(64, 256, (1, 1), (1, 1))
     entry = _plan_table.lookup("NVIDIA H200", torch.bfloat16, shape)
     assert entry is not None and entry["plan"] == "fused"
@@ -222,7 +249,19 @@ def test_tune_writes_the_users_table_which_comes_first(
     assert "1 entries measured, 1 kept" in capsys.readouterr().out
     entry = _plan_table.lookup("NVIDIA H200", torch.bfloat16, shape)
     assert entry is not None and entry["plan"] == "split"
-    assert _plan_table.light("NVIDIA H200", "bn_act", torch.float32) == ((0, None, "cuda"),)
+    assert _plan_table.light("NVIDIA H200", "bn_act", torch.float32) == ((4096, None, "cuda"),)
+
+
+def test_configurations_outlive_a_new_plan(cache: Path, tmp_path: Path) -> None:
+    main(["tune", "--from", written(tmp_path / "a.json", *both(256, 1.0, 1.5))])
+    table = json.loads(cache.read_text())
+    config = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+    table["entries"][0]["configs"] = {"fwd": config}
+    cache.write_text(json.dumps(table))
+    _plan_table.reload()
+    main(["tune", "--from", written(tmp_path / "b.json", *both(256, 2.0, 1.5))])
+    (entry,) = _plan_table.user_entries()
+    assert entry["plan"] == "split" and entry["configs"] == {"fwd": config}
 
 
 def test_clear_removes_it(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

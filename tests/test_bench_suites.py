@@ -17,7 +17,7 @@ from fusedres.bench.judging import suspect
 from fusedres.bench.light import PASSES, light_cases
 from fusedres.bench.measure import Ceilings, Job, Setting, largest_error
 from fusedres.bench.networks import measure_network
-from fusedres.bench.ops import OpCase, measure_op, names_of
+from fusedres.bench.ops import OpCase, measure_op, op_job
 from fusedres.bench.profile import profile_step
 from fusedres.bench.providers import Workload
 from fusedres.bench.suites import SUITES, jobs_of, setting_for
@@ -34,7 +34,7 @@ NEEDS_CPP = pytest.mark.skipif(
 def setting(**changed: Any) -> Setting:
     given = {"rounds": 3, "budget": 5.0, "seconds": 1e-3, "cache": 2**16, "where": WHERE}
     given |= {"ceilings": dict.fromkeys((torch.float32, torch.float64), CEILINGS)}
-    return Setting(CPU, **(given | changed))
+    return Setting(**({"device": CPU} | given | changed))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -100,7 +100,9 @@ def small_pass(name: str) -> OpCase:
 def test_rows_of_an_op_are_whole() -> None:
     case = small_pass("bn_act_fwd, residual")
     measured = measure_op(case, setting())
-    assert tuple(m.row["name"] for m in measured) == names_of(case)
+    job = op_job(case, setting())
+    assert tuple(m.row["name"] for m in measured) == job.names
+    assert all(measured[0].row[field] == value for field, value in job.about.items())
     assert [m.row["name"] for m in measured] == ["fusedres-cpp", "eager", "copy"]
     for m in measured:
         row = m.row
@@ -170,13 +172,23 @@ def test_a_slow_kernel_is_caught_by_compare(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_that_fails_costs_the_others_nothing() -> None:
     case = small_pass("add_relu_fwd")
 
-    def fails(_: Any) -> Any:
-        raise RuntimeError("no such kernel\nwith details")
+    calls = []
 
-    broken = replace(case.candidates[0], name="fusedres-broken", run=fails)
-    case = replace(case, candidates=(broken, *case.candidates))
-    rows = {m.row["name"]: m.row for m in measure_op(case, setting())}
-    assert rows["fusedres-broken"]["error"] == "RuntimeError: no such kernel"
+    def fails(_: Any) -> Any:
+        raise ValueError("no such kernel\nwith details")
+
+    def fails_later(t: Any) -> Any:
+        calls.append(t)
+        if len(calls) > 1:
+            raise RuntimeError("out of registers")
+        return case.candidates[-1].run(t)
+
+    first = replace(case.candidates[0], name="fusedres-broken", run=fails)
+    later = replace(case.candidates[0], name="fusedres-later", run=fails_later)
+    case_with = replace(case, candidates=(first, later, *case.candidates))
+    rows = {m.row["name"]: m.row for m in measure_op(case_with, setting())}
+    assert rows["fusedres-broken"]["error"] == "ValueError: no such kernel"
+    assert rows["fusedres-later"]["error"] == "RuntimeError: out of registers"
     assert "ms" not in rows["fusedres-broken"] and rows["eager"]["ms"] > 0
 
 
@@ -205,6 +217,9 @@ def test_rows_of_a_network_are_whole() -> None:
         assert row["against"] == "eager" and row["of_roofline"] > 0
     moved = 2 * sum(k.bytes for k in roofline.kernels("ideal", 64, 4))
     assert rows["eager"]["bytes"] == pytest.approx(moved)
+    share = rows["eager"]["of_roofline"]  # kernel by kernel, as the model of the whole has it
+    ideal = roofline.images_per_second("ideal", *CEILINGS, 64, 4)
+    assert share == pytest.approx(rows["eager"]["img_s"] / ideal)
 
 
 def test_a_blocks_work_is_of_its_place() -> None:
@@ -213,6 +228,10 @@ def test_a_blocks_work_is_of_its_place() -> None:
     pixels = 2 * 56 * 56
     assert eager["flops"] == 3 * 2 * pixels * (256 * 64 + 9 * 64 * 64 + 64 * 256)
     assert eager["case"] == "IdentityBlock 1" and eager["shape"] == [2, 256, 56, 56]
+    forward = (256 + 64) + (64 + 64) + (64 + 256) + 3 * 256  # conv1, conv2, conv3, the join
+    dgrad = (2 * 64 + 2 * 256) + (2 * 64 + 2 * 64) + (2 * 256 + 2 * 64)
+    wgrad = (2 * 64 + 256) + (2 * 64 + 64) + (2 * 256 + 64)
+    assert eager["bytes"] == 4 * pixels * (forward + dgrad + wgrad + 4 * 256)
 
 
 def test_inference_has_no_gradients() -> None:
@@ -231,7 +250,7 @@ def test_jobs_say_what_they_measure(suite: str) -> None:
     jobs = jobs_of(suite, here, torch.float32, quick=True)
     whole = jobs_of(suite, here, torch.float32)
     assert 0 < len(jobs) <= len(whole)
-    titles = [(job.section, job.title) for job in jobs]
+    titles = [(job.about["section"], job.title) for job in jobs]
     assert len(titles) == len(set(titles))
     assert all("eager" in job.names or suite == "ops" for job in jobs)
     one = jobs[0].title
@@ -240,7 +259,7 @@ def test_jobs_say_what_they_measure(suite: str) -> None:
 
 def test_the_models_batches() -> None:
     def batches(job: Job) -> str:
-        return f"{job.section} {job.title.split('batch ')[1].split(',')[0]}"
+        return f"{job.about['section']} {job.about['batch']}"
 
     here = setting_for(CPU)
     assert [batches(j) for j in jobs_of("model", here, torch.float32)] == [
@@ -251,14 +270,38 @@ def test_the_models_batches() -> None:
     ]
     on_gpu = replace(here, device=torch.device("cuda"))
     found = [batches(j) for j in jobs_of("model", on_gpu, torch.bfloat16)]
-    assert found == [
-        *(f"train {n}" for n in (32, 256, 400)),
-        *(f"infer {n}" for n in (1, 32, 256, 400)),
-    ]
+    assert (
+        found
+        == [
+            *(f"train {n}" for n in (256, 400, 32)),
+            *(f"infer {n}" for n in (256, 1, 32, 400)),
+        ]
+        * 2
+    )  # again, with what takes minutes to compile
+    slow = jobs_of("model", on_gpu, torch.bfloat16)[7]
+    assert slow.names == ("eager", "compile-max", "compile-max-nograph")
     assert [batches(j) for j in jobs_of("model", here, torch.float32, (3,))] == [
         "train 3",
         "infer 3",
     ]
+
+
+def test_tune_measures_layers_at_all_batches() -> None:
+    jobs = jobs_of("ops", setting_for(CPU), torch.float32, (32, 256))
+    layers = [job.about["batch"] for job in jobs if job.about["section"] == "conv_bn"]
+    assert layers.count(32) == layers.count(256) > 80
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_graphs_of_ours_and_of_torch_compile_take_turns(training: bool) -> None:
+    device = torch.device("cuda")
+    work = Workload(4, 64, torch.bfloat16, "cuda", 10, training=training)
+    names = ["eager", "graph", "compile-graph", "compile-max", "fusedres-auto-graph"]
+    rows = [m.row for m in measure_network(work, names, setting(device=device))]
+    assert [row.get("error") for row in rows] == [None] * len(names)
+    for row in rows:
+        assert not suspect(row, rows), row["name"]
 
 
 def test_an_unknown_suite() -> None:

@@ -69,6 +69,21 @@ def test_only_the_same_on_the_same_device_is_compared() -> None:
     assert [c.what for c in found] == ["light, bn_act_fwd, 2x64x8x8, float32, fusedres-cuda"]
 
 
+def test_who_is_gone_from_a_job_that_ran_is_missed() -> None:
+    other_job = row(case="add_relu_fwd")
+    found = changes([row(), row(name="eager"), other_job], [row(name="eager")])
+    assert [(c.verdict, c.what.split(", ")[-1]) for c in found] == [
+        ("missing", "fusedres-cuda"),
+        ("same", "eager"),
+    ]
+
+
+def test_gradients_that_became_wrong_are_wrong() -> None:
+    old, new = row(grad_error=0.01), row(grad_error=0.2)
+    assert verdict(old, new) == "wrong"
+    assert verdict(old, row(grad_error=0.11)) == "same"  # ReLU's masks are chance near zero
+
+
 def test_the_worst_comes_first() -> None:
     names = ("a", "b", "c", "d")
     old = [row(name=name) for name in names]
@@ -134,7 +149,7 @@ def test_a_layers_plan_is_the_one_that_is_faster_both_ways_together() -> None:
         "out_channels": 256,
         "kernel": [1, 1],
         "stride": [1, 1],
-        "rows": [0, None],
+        "rows": [256 * 56 * 56 // 4, None],
         "plan": "fused",
     }
     # forward alone would say fused
@@ -156,7 +171,7 @@ def test_between_sizes_with_different_winners_lies_a_border() -> None:
     rows = both(1, 2.0, 1.0) + both(4, 2.0, 1.0) + both(64, 1.0, 2.0)
     first, second = entries_from(rows)
     border = round(math.sqrt(4 * 56 * 56 * 64 * 56 * 56))
-    assert (first["plan"], first["rows"]) == ("split", [0, border])
+    assert (first["plan"], first["rows"]) == ("split", [56 * 56 // 4, border])
     assert (second["plan"], second["rows"]) == ("fused", [border + 1, None])
 
 
@@ -183,7 +198,7 @@ def test_a_light_pass_goes_to_the_backend_that_is_faster_in_all_its_passes_toget
         "device": "NVIDIA H200",
         "dtype": "float32",
         "op": "bn_act",
-        "bytes": [0, None],
+        "bytes": [64 * 64, None],
         "backend": "cuda",
     }
     rows[-1]["ms"] = 0.1  # triton's backward makes up for its forward? 2.1 against 2.0: no
@@ -193,9 +208,17 @@ def test_a_light_pass_goes_to_the_backend_that_is_faster_in_all_its_passes_toget
     sizes = entries_from(passes(8, cuda=1.0, triton=2.0) + passes(32, cuda=2.0, triton=1.0))
     border = round(math.sqrt(64 * 64 * 4 * 64 * 1024 * 4))
     assert [(e["backend"], e["bytes"]) for e in sizes] == [
-        ("cuda", [0, border]),
+        ("cuda", [64 * 64, border]),
         ("triton", [border + 1, None]),
     ]
+
+
+def test_shapes_of_one_size_count_together() -> None:
+    rows = passes(8, cuda=1.0, triton=1.5)
+    other = [r | {"shape": [1, 16, 16, 16]} for r in passes(8, cuda=3.0, triton=2.0)]
+    assert [e["backend"] for e in entries_from(rows + other)] == ["triton"]  # 8 against 7
+    assert [e["backend"] for e in entries_from(other + rows)] == ["triton"]
+    assert entries_from(rows + other[:1]) == []  # nobody ran all
 
 
 def test_passes_that_span_ops_and_rows_of_others_decide_nothing() -> None:

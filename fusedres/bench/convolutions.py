@@ -185,6 +185,7 @@ class Site:
         g = full(k, layer.out_size)
         centred = wide - per_channel(mean)
         t["g"] = g
+        t["count"] = torch.tensor([y.numel() // k], dtype=torch.int32, device=self.device)
         t["sums"] = torch.stack([g.to(stat).sum((0, 2, 3)), (g * centred).sum((0, 2, 3))])
         if self.joins or layer.name == "layer1.0.conv1":
             t["grad_a"] = full(c, layer.size)
@@ -240,10 +241,15 @@ class Site:
         return [y, aten.batch_norm_update_stats(y, t["running_mean"], t["running_var"], 0.1)[0]]
 
     def _eager_backward(self, need_input: bool, need_weight: bool, t: Inputs) -> Results:
-        norm = (t["bn_weight"], None, None, t["y_mean"], t["y_rstd"], True, EPS, [True] * 3)
-        dy = aten.native_batch_norm_backward(t["g"], t["y"], *norm)[0]
+        if (self.deferred and need_input) or not t["y"].is_cuda:
+            # it makes its own sums, ours those of the layer before: as many passes
+            norm = (t["bn_weight"], None, None, t["y_mean"], t["y_rstd"], True, EPS, [True] * 3)
+            dy = aten.native_batch_norm_backward(t["g"], t["y"], *norm)[0]
+        else:
+            own = (t["y_mean"], t["y_rstd"], t["bn_weight"], *t["sums"], t["count"])
+            dy = aten.batch_norm_backward_elemt(t["g"], t["y"], *own)
         da, dw = self._convolution_backward(dy, t["a"], t, need_input, need_weight)
-        found = [dw] * need_weight
+        found = [dw.to(t["weight"].dtype)] if need_weight else []
         if da is None:
             return found
         if "grad_a" in t:

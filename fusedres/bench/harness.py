@@ -156,15 +156,17 @@ def compare(
 
 class Rotation(Generic[T]):
     """Runs a function over sets of inputs in turn, `count` of them a call: where the sets together
-    exceed the cache several times, none is found there.
+    exceed the cache several times, none is found there. Results are held until their set's next
+    turn, for else each would be written to the memory of the one before it, in the cache.
     """
 
     def __init__(self, run: Callable[[T], object], sets: Sequence[T], count: int) -> None:
         self.run, self.sets, self.count, self.at = run, sets, count, 0
+        self.held: list[object] = [None] * len(sets)
 
     def __call__(self) -> None:
         for _ in range(self.count):
-            self.run(self.sets[self.at])
+            self.held[self.at] = self.run(self.sets[self.at])
             self.at = (self.at + 1) % len(self.sets)
 
 
@@ -175,16 +177,35 @@ def captured(run: Callable[[], object], pool: Any = None) -> Callable[[], None]:
         run: queues work on the current stream and never waits for it.
         pool: memory shared with other graphs (torch.cuda.graph_pool_handle). Graphs may share it
             that each compute all they read, but for what lives outside: they overwrite each other.
+
+    The peak of memory (torch.cuda.max_memory_allocated) counts from the capture on: a replay
+    allocates nothing.
+
+    Raises:
+        Exception: what `run` raised; the stream is the caller's again, the pool is spoiled.
     """
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
+    failure: Exception | None = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                run()
+            except Exception as error:  # what ends the capture would hide it
+                failure = error
+                raise
+    except Exception as error:
+        torch.cuda.set_stream(current)
+        torch.cuda.synchronize()
+        raise failure or error from None
     return graph.replay
 
 
@@ -221,6 +242,17 @@ def profiler(on_gpu: bool, **options: Any) -> torch.profiler.profile:
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     return torch.profiler.profile(activities=activities, **options)
+
+
+@contextmanager
+def without_search() -> Any:
+    """cuDNN takes the algorithms it thinks best: for what runs once none is worth finding."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fusedres import backends
-from fusedres._tensors import INTERPRETED
+from fusedres._tensors import INTERPRETED, conv_allows_tf32
 from fusedres.bench import roofline
 from fusedres.bench.harness import Comparison, Stopwatch, compare, stopwatch_for
-from fusedres.bench.rows import Row
+from fusedres.bench.rows import Row, label
 
 ANCHOR = "eager"  # what every other one is held against
 
@@ -64,7 +64,7 @@ class Setting:
         return [n for n in names if not self.wanted or n in self.wanted or n == ANCHOR]
 
 
-Work = tuple[float | None, float | None]  # bytes, FLOP
+Work = Sequence[tuple[float, float]]  # (bytes, FLOP) of every kernel that a run needs
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Job:
 
     Attributes:
         title: for a progress bar.
+        about: section, case, shape, dtype and batch of its rows.
         names: labels of the providers (see rows.label), as `run` will give them.
         run: does it.
     """
 
-    section: str
+    about: Row
     title: str
     names: tuple[str, ...]
     run: Callable[[Setting], list[Measured]]
@@ -99,6 +100,32 @@ def own_backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]
         if backends.unavailable(name, op, device.type, dtype) is None
         and not (name == "triton" and INTERPRETED)
     ]
+
+
+def run_job(job: Job, setting: Setting) -> list[Measured]:
+    """What the job gives; where it fails as a whole, a row with the reason for each provider."""
+    try:
+        return job.run(setting)
+    except Exception as error:
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
+        reason, failed = reason_of(error), []
+        for name, _, plan in (who.partition(", ") for who in job.names):
+            known = {**job.about, "name": name, "plan": plan or None, "backend": None}
+            failed.append(failed_row(known, reason, setting))
+        return failed
+
+
+def is_done(job: Job, rows: Sequence[Row], where: Row) -> bool:
+    """Whether rows hold all the job would give, of the same device and commit."""
+    same = [
+        label(row)
+        for row in rows
+        if row.get("commit") == where["commit"]
+        and row["device"] == where["device"]
+        and all(row.get(field) == value for field, value in job.about.items())
+    ]
+    return set(job.names) <= set(same)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -128,14 +155,15 @@ def timed_rows(
         comparison: by provider; a round ran it `counts` times.
         about: the fields of its row that are known already, batch among them where it counts
             images.
-        work: bytes and FLOP of one run by contract, None where there is none.
+        work: what one run needs by contract.
         ceilings: for the share of the roofline.
         anchor: the provider whose times the others' are divided by.
     """
     found = []
     for name in comparison.seconds:
         spread, known, count = comparison.spread(name), about[name], counts[name]
-        (bytes, flops), seconds = work[name], spread.median / count
+        bytes, flops = (sum(part) or None for part in zip(*work[name], strict=True))
+        seconds = spread.median / count
         row = {
             **known,
             "ms": seconds * 1e3,
@@ -150,8 +178,8 @@ def timed_rows(
         }
         if known["section"] in ("train", "infer", "blocks"):
             row["img_s"] = known["batch"] / seconds
-        if ceilings and (bytes or flops):
-            least = roofline.seconds(flops or 0.0, bytes or 0.0, *ceilings)
+        if ceilings:
+            least = sum(roofline.seconds(f, b, *ceilings) for b, f in work[name])
             row["of_roofline"] = least / seconds
         if anchor in comparison.seconds:
             paired = comparison.paired_ratio(name, anchor)
@@ -173,7 +201,9 @@ def failed_row(known: Row, reason: str, setting: Setting) -> Measured:
 
 
 def measure_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Ceilings, list[Measured]]:
-    """Copy and matrix product, large enough that no cache and no launch counts."""
+    """Copy and matrix product, large enough that no cache and no launch counts; in float32 with
+    TF32 where convolutions may use it.
+    """
     device = setting.device
     numel = 2**29 if setting.on_gpu else 2**24  # float32: 2 GiB, 64 MiB
     source = torch.randn(numel, device=device)
@@ -182,20 +212,25 @@ def measure_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Ceilings, li
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     work = {
-        "copy": (lambda: target.copy_(source), 2.0 * numel * 4, None),
-        "matmul": (lambda: torch.mm(left, right, out=out), None, 2.0 * side**3),
+        "copy": (lambda: target.copy_(source), 2.0 * numel * 4, 0.0),
+        "matmul": (lambda: torch.mm(left, right, out=out), 0.0, 2.0 * side**3),
     }
-    found = compare(
-        {name: run for name, (run, _, _) in work.items()},
-        rounds=max(setting.rounds, 7),
-        stopwatch=setting.stopwatch,
-    )
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = setting.on_gpu and conv_allows_tf32()
+    try:
+        found = compare(
+            {name: run for name, (run, _, _) in work.items()},
+            rounds=max(setting.rounds, 7),
+            stopwatch=setting.stopwatch,
+        )
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     rows = []
     for name, (_, bytes, flops) in work.items():
         known: Row = {"section": "ceilings", "case": "", "shape": [], "name": name, "batch": None}
         known |= {"backend": None, "plan": None, "dtype": name_of(dtype)}
         one = Comparison({name: found.seconds[name]}, {name: found.wall[name]})
-        what = {name: (bytes, flops)}
+        what = {name: [(bytes, flops)]}
         rows += timed_rows(one, {name: 1}, {name: known}, setting, work=what, ceilings=None)
     best = {name: min(found.seconds[name]) for name in work}  # a ceiling is what can be reached
     return Ceilings(2.0 * numel * 4 / best["copy"], 2.0 * side**3 / best["matmul"]), rows

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fusedres.bench import roofline
-from fusedres.bench.harness import compare, profiler
+from fusedres.bench.harness import compare, profiler, without_search
 from fusedres.bench.measure import (
+    ANCHOR,
     Job,
     Measured,
     Setting,
@@ -27,30 +28,29 @@ from fusedres.bench.measure import (
     reason_of,
     timed_rows,
 )
-from fusedres.bench.providers import Provider, Way, Workload, build, default_names
+from fusedres.bench.providers import Provider, Way, Workload, build
 from fusedres.bench.rows import Row, label
 
 BLOCKS = tuple(
     f"{kind} {stage}" for stage in (1, 2, 3, 4) for kind in ("ConvBlock", "IdentityBlock")
 )
+_SHARED = ("section", "case", "shape", "dtype", "batch")
 IDEAL = {True: "ideal", False: "inference"}  # the dataflow whose bytes every provider is held to
 
 
-def network_job(work: Workload, setting: Setting, quick: bool = False) -> Job:
-    """All providers of a workload."""
-    names = [*setting.wanted] or default_names(work, quick)
-    if "eager" not in names:
-        names.insert(0, "eager")
-    section = "blocks" if work.block else "train" if work.training else "infer"
-    labels = tuple(_label(Way(name)) for name in names)
-    title = f"{work.block or section}, {work}"
-    return Job(section, title, labels, lambda setting: measure_network(work, names, setting))
+def network_job(work: Workload, setting: Setting, names: Sequence[str], suffix: str = "") -> Job:
+    """Eager and the providers of these names, or those that the setting wants, on a workload."""
+    names = [ANCHOR, *(name for name in setting.wanted or names if name != ANCHOR)]
+    labels = tuple(label(_about(work, Way(name))) for name in names)
+    about = {field: _about(work, Way(ANCHOR))[field] for field in _SHARED}
+    title = f"{work.block or about['section']}, {work}{suffix}"
+    return Job(about, title, labels, lambda setting: measure_network(work, names, setting))
 
 
 def measure_network(work: Workload, names: Sequence[str], setting: Setting) -> list[Measured]:
     """A row for each provider; one that fails costs the others nothing."""
     truth = _truth(work)
-    pool = torch.cuda.graph_pool_handle() if setting.on_gpu else None
+    pool = _new_pool(setting)
     about: dict[str, Row] = {}
     built: dict[str, Provider] = {}
     failed: list[Measured] = []
@@ -61,6 +61,7 @@ def measure_network(work: Workload, names: Sequence[str], setting: Setting) -> l
                 provider, found = _judged(name, work, pool, truth, setting)
             except Exception as error:
                 failed.append(failed_row(known, reason_of(error), setting))
+                pool = _new_pool(setting)  # the old one may have been spoiled
                 continue
             built[label(known)] = provider
             about[label(known)] = known | found
@@ -87,8 +88,8 @@ def measure_network(work: Workload, names: Sequence[str], setting: Setting) -> l
     return [*rows, *failed]
 
 
-def _label(way: Way) -> str:
-    return label({"name": way.name, "plan": way.plan})
+def _new_pool(setting: Setting) -> Any:
+    return torch.cuda.graph_pool_handle() if setting.on_gpu else None
 
 
 def _about(work: Workload, way: Way) -> Row:
@@ -105,39 +106,37 @@ def _about(work: Workload, way: Way) -> Row:
     }
 
 
-def _work_done(work: Workload) -> tuple[float, float]:
-    """Bytes and FLOP of a run: of the dataflow that moves least."""
-    size = work.dtype.itemsize
+def _work_done(work: Workload) -> list[tuple[float, float]]:
+    """Bytes and FLOP of the kernels of a run: of the dataflow that moves least."""
     if work.block is None:
-        kernels = roofline.kernels(IDEAL[work.training], work.size, size)
+        kernels = roofline.kernels(IDEAL[work.training], work.size, work.dtype.itemsize)
     else:
         kernels = _block_kernels(work)
-    return (
-        work.batch * sum(kernel.bytes for kernel in kernels),
-        work.batch * sum(kernel.flops for kernel in kernels),
-    )
+    return [(work.batch * kernel.bytes, work.batch * kernel.flops) for kernel in kernels]
 
 
 def _block_kernels(work: Workload) -> list[roofline.Kernel]:
-    """What a block alone has to do, forward and backward: each convolution reads its input, writes
-    its output, and the join reads the shortcut; backward reads g, y and x twice, for dgrad and
-    wgrad, and writes the gradient of its input.
+    """What a block alone has to do, everything fused into its convolutions but the join at its end.
+
+    Forward each convolution reads its input and writes its output; the join reads the last of them
+    and the shortcut and writes the sum. Backward the join reads its gradient, its mask and the last
+    output and writes g; dgrad reads g, y and x and writes the gradient of x; wgrad reads g, y, x.
     """
     assert work.block is not None
     kind, stage = work.block.split()
     path = f"layer{stage}.{0 if kind == 'ConvBlock' else 1}."
     layers = [layer for layer in roofline.layers() if layer.name.startswith(path)]
     scale = work.size / layers[0].size
-    layers = [layer._replace(size=round(layer.size * scale)) for layer in layers]
     size = work.dtype.itemsize
     found = []
-    for layer in layers:
+    for layer in (layer._replace(size=round(layer.size * scale)) for layer in layers):
         read, whole, output = layer.read(size), layer.input(size), layer.output(size)
-        forward = read + output + (output if layer.role == "conv3" else 0)
-        backward = 2 * (2 * output + read) + whole
-        found.append(
-            roofline.Kernel(layer.stage, layer.name, 3.0 * layer.flops, forward + backward)
-        )
+        moved = {"fwd": read + output, "dgrad": 2 * output + read + whole}
+        moved["wgrad"] = 2 * output + read
+        found += [roofline.Kernel(layer.stage, k, layer.flops, b) for k, b in moved.items()]
+        if layer.role == "conv3":
+            found.append(roofline.Kernel(layer.stage, "join", 0.0, 3 * output))
+            found.append(roofline.Kernel(layer.stage, "join backward", 0.0, 4 * output))
     return found
 
 
@@ -154,7 +153,7 @@ def _truth(work: Workload) -> Truth | None:
     try:
         provider = build("eager", replace(work, dtype=torch.float64))
         start = [p.detach().clone() for p in provider.model.parameters()]
-        with torch.backends.cudnn.flags(benchmark=False):  # once: no algorithm is worth finding
+        with without_search():
             provider.run()
         return start, provider.output, [t.grad for t in provider.leaves if t.grad is not None]
     except torch.OutOfMemoryError:
@@ -168,6 +167,11 @@ def _judged(
     before = _begin_peak(setting)
     provider = build(name, work, pool)
     found: Row = {"backend": None if provider.backend == "torch" else provider.backend}
+    if setting.on_gpu and not provider.is_graph:
+        provider.run()  # searches for algorithms, compiles, tunes: none of it is a step's memory
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        provider.run()  # torch.compile's own graphs are recorded here
     if truth is not None:
         start, output, gradients = truth
         with torch.no_grad():

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fusedres.bench import roofline
-from fusedres.bench.harness import Rotation, captured, compare
+from fusedres.bench.harness import Rotation, captured, compare, without_search
 from fusedres.bench.measure import (
+    Job,
     Measured,
     Setting,
     failed_row,
@@ -86,53 +87,49 @@ def measure_op(case: OpCase, setting: Setting) -> list[Measured]:
     first = case.inputs(0)
     wanted = setting.chosen([c.name for c in case.candidates])
     candidates = [c for c in case.candidates if c.name in wanted]
-    about = {c.label: _about(case, c) for c in candidates}
+    about = {c.label: _about(case, c, setting) for c in [*candidates, _COPY]}
     failed: list[Measured] = []
-    with torch.backends.cudnn.flags(benchmark=False):  # in fp64, and once: no algorithm is worth it
+    with without_search():
         truth = case.truth(first)
-    for candidate in list(candidates):
-        try:
-            results = candidate.run(first)
-        except RuntimeError as error:  # torch's of another version, say: the others are measured
-            failed.append(failed_row(about.pop(candidate.label), reason_of(error), setting))
-            candidates.remove(candidate)
-            continue
-        if candidate.judged:
-            about[candidate.label]["max_error"] = largest_error(results, truth)
-    del truth
-
-    copies = max(1, math.ceil(3 * setting.cache / size_in_bytes(tensors_in(first))))
+    copies = math.ceil(3 * setting.cache / min(size_in_bytes(tensors_in(first)), case.bytes))
     sets = [first] + [case.inputs(seed) for seed in range(1, copies)]
-    runs = {c.label: Rotation(c.run, sets, 1) for c in candidates}
-    copied = Candidate("copy", _copy, note="of as many bytes", judged=False)
-    pair_count = max(1, math.ceil(3 * setting.cache / max(case.bytes, 1)))
-    runs["copy"] = Rotation(copied.run, _pairs(case, pair_count, setting.device), 1)
-    about["copy"] = _about(case, copied)
+    pairs = _pairs(case, max(1, math.ceil(3 * setting.cache / case.bytes)), setting.device)
 
+    runs: dict[str, Rotation[Inputs]] = {}
     timed: dict[str, Callable[[], object]] = {}
-    for name, rotation in runs.items():
-        rotation.count = _repeats(case, rotation, setting)
-        timed[name] = captured(rotation) if setting.on_gpu else rotation
-        about[name]["how"] = "graph" if setting.on_gpu else "launches"
+    for candidate in [*candidates, _COPY]:
+        name = candidate.label
+        rotation = Rotation(candidate.run, pairs if candidate is _COPY else sets, 1)
+        try:
+            if candidate.judged:
+                about[name]["max_error"] = largest_error(candidate.run(first), truth)
+            rotation.count = _repeats(case, rotation, setting)
+            timed[name] = captured(rotation) if setting.on_gpu else rotation
+            timed[name]()
+        except Exception as error:  # of torch's or a compiler's: the others are measured
+            timed.pop(name, None)
+            failed.append(failed_row(about.pop(name), reason_of(error), setting))
+            continue
+        runs[name] = rotation
+    del truth
     found = compare(
         timed, rounds=setting.rounds, budget=setting.budget, stopwatch=setting.stopwatch
     )
-    work = {name: (case.bytes, case.flops or None) for name in runs}
-    work["copy"] = (case.bytes, None)
     rows = timed_rows(
         found,
         {name: rotation.count for name, rotation in runs.items()},
         about,
         setting,
-        work=work,
+        work={name: [(case.bytes, 0.0 if name == "copy" else case.flops)] for name in runs},
         ceilings=setting.ceilings.get(case.dtype),
     )
     return [*rows, *failed]
 
 
-def _about(case: OpCase, candidate: Candidate) -> Row:
+def _about(case: OpCase, candidate: Candidate, setting: Setting) -> Row:
     about = case.fields | {"dtype": name_of(case.dtype), "name": candidate.name}
     about |= {"backend": candidate.backend, "plan": candidate.plan}
+    about["how"] = "graph" if setting.on_gpu else "launches"
     return about | {"note": candidate.note} if candidate.note else about
 
 
@@ -151,6 +148,9 @@ def _copy(pair: Inputs) -> Sequence[Tensor]:
     return [pair["target"].copy_(pair["source"])]
 
 
+_COPY = Candidate("copy", _copy, note="of as many bytes", judged=False)
+
+
 def _pairs(case: OpCase, count: int, device: torch.device) -> list[Inputs]:
     """Of which half the bytes are read and half written."""
     half = max(1, int(case.bytes) // 2)
@@ -163,6 +163,12 @@ def _pairs(case: OpCase, count: int, device: torch.device) -> list[Inputs]:
     ]
 
 
-def names_of(case: OpCase) -> tuple[str, ...]:
-    """Labels of what `measure_op` will measure."""
-    return (*(c.label for c in case.candidates), "copy")
+def op_job(case: OpCase, setting: Setting) -> Job:
+    """The case as a job."""
+    wanted = setting.chosen([c.name for c in case.candidates])
+    labels = (*(c.label for c in case.candidates if c.name in wanted), _COPY.label)
+    shape = "x".join(map(str, case.fields["shape"]))
+    dtype = name_of(case.dtype)
+    title = f"{case.fields['case']}, {shape}, {dtype}"
+    about = {field: case.fields[field] for field in ("section", "case", "shape", "batch")}
+    return Job(about | {"dtype": dtype}, title, labels, lambda setting: measure_op(case, setting))

@@ -22,9 +22,11 @@ All start from the same weights and see the same images.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "compile-max-nograph": {"mode": "max-autotune-no-cudagraphs"},
     "compile-freeze": {"options": {"freezing": True}},
 }
+SLOW_TO_COMPILE = ("compile-max", "compile-max-nograph")  # by default in jobs of their own
 FOREIGN = ("torchvision", "timm")
 CUDNN = "cudnn-fused"
 PLAIN = ("eager", "eager-nchw", *FOREIGN, CUDNN)
@@ -150,12 +153,12 @@ def default_names(work: Workload, quick: bool = False) -> list[str]:
     own = own_backends("conv_bn", device, work.dtype)
     names = ["eager", "eager-nchw"]
     if device.type == "cuda":
-        names += ["graph", "compile-graph"] if quick else ["graph", *COMPILED]
         ours = [f"fusedres-{backend}" for backend in ("auto", *own)]
         if "triton" in own:
             ours.append("fusedres-triton-split")
         names += [name + suffix for name in ours for suffix in ("", "-graph")]
-        names += [CUDNN, f"{CUDNN}-graph"]
+        names += ["graph", CUDNN, f"{CUDNN}-graph", "compile-graph"]
+        names += [] if quick else ["compile"]
     else:
         names += [] if quick else ["compile", "compile-freeze"]
         names += [f"fusedres-{backend}" for backend in own]
@@ -175,6 +178,7 @@ class Provider:
         model: the network.
         leaves: what takes gradients: its parameters; for a block its input, too.
         output: of the last run; set before it returns.
+        is_graph: whether a run is a replay of a CUDA graph of ours.
     """
 
     name: str
@@ -184,6 +188,7 @@ class Provider:
     model: nn.Module
     leaves: list[Tensor]
     output: list[Tensor]
+    is_graph: bool = False
 
 
 def build(name: str, work: Workload, pool: Any = None) -> Provider:
@@ -216,7 +221,8 @@ def build(name: str, work: Workload, pool: Any = None) -> Provider:
     run = make(way, net, model, inputs, target, work, output)
     if way.mode == "graph":
         run = _graphed(run, output, pool)
-    return Provider(way.name, _backends_of(way, model, work), way.plan, run, model, leaves, output)
+    backend, is_graph = _backends_of(way, model, work), way.mode == "graph"
+    return Provider(way.name, backend, way.plan, run, model, leaves, output, is_graph)
 
 
 def _split_mode(name: str) -> tuple[str, str]:
@@ -260,7 +266,7 @@ def _training(
                 leaf.grad = None
             with _scope(way, work, True):
                 out = net(inputs)
-            out.backward(target.to(out.dtype))
+            out.backward(target)
             output[:] = [out.detach()]
             return out.detach()
 
@@ -317,17 +323,9 @@ def _graphed(run: Callable[[], Tensor], output: list[Tensor], pool: Any) -> Call
 
 def _build(way: Way, work: Workload) -> tuple[nn.Module, Tensor, Tensor]:
     """Model, input, and what the loss compares with: labels, for a block the upstream gradient."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(work.seed)
-        model = _block(work.block) if work.block else FusedResNet50(work.num_classes)
-        # the same numbers in every dtype
-        inputs = torch.randn(work.shape).bfloat16()
-        if work.block is None:
-            target = torch.randint(work.num_classes, (work.batch,))
-        else:
-            stride, _, channels = _block_shape(work.block)
-            out = (work.size - 1) // stride + 1
-            target = torch.randn(work.batch, channels, out, out).bfloat16()
+    model, inputs, target = copy.deepcopy(
+        _start(work.block, work.num_classes, work.seed, work.batch, work.size)
+    )
     if way.model in FOREIGN:
         theirs = _foreign(way.model, work.num_classes)
         theirs.load_state_dict(model.state_dict())
@@ -342,8 +340,24 @@ def _build(way: Way, work: Workload) -> tuple[nn.Module, Tensor, Tensor]:
     if work.block is not None:
         # what reaches a block under autocast has the compute dtype already, and follows a ReLU
         inputs = inputs.relu_().to(work.dtype)
-        target = target.to(memory_format=memory_format)
+        target = target.to(work.dtype, memory_format=memory_format)
     return model, inputs, target.to(work.device)
+
+
+@lru_cache(maxsize=1)  # all providers of a workload start from it, and random numbers take a while
+def _start(
+    block: str | None, num_classes: int, seed: int, batch: int, size: int
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """What `_build` gives, on the CPU; activations in bf16, for the same numbers in every dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if block is None:
+            images = torch.randn(batch, 3, size, size).bfloat16()
+            return FusedResNet50(num_classes), images, torch.randint(num_classes, (batch,))
+        stride, inputs, outputs = _block_shape(block)
+        out = (size - 1) // stride + 1
+        x, grad = (torch.randn(batch, c, s, s) for c, s in ((inputs, size), (outputs, out)))
+        return _block(block), x.bfloat16(), grad.bfloat16()
 
 
 def _foreign(name: str, num_classes: int) -> nn.Module:

@@ -10,10 +10,10 @@ import torch
 from fusedres.bench.convolutions import conv_cases
 from fusedres.bench.harness import cache_bytes, keep_freed_memory
 from fusedres.bench.light import light_cases
-from fusedres.bench.measure import Job, Measured, Setting, measure_ceilings, name_of
+from fusedres.bench.measure import Job, Measured, Setting, measure_ceilings
 from fusedres.bench.networks import BLOCKS, network_job
-from fusedres.bench.ops import OpCase, measure_op, names_of
-from fusedres.bench.providers import Workload
+from fusedres.bench.ops import op_job
+from fusedres.bench.providers import SLOW_TO_COMPILE, Workload, default_names
 from fusedres.bench.rows import environment
 
 SUITES = ("ops", "blocks", "model")
@@ -82,21 +82,12 @@ def with_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Setting, list[M
 
 
 def _ops(setting: Setting, dtype: torch.dtype, batches: tuple[int, ...], quick: bool) -> list[Job]:
-    if setting.on_gpu:
-        batches = batches or ((256,) if quick else (256, 32))
-    else:
-        batches = batches or ((2,) if quick else (16,))
+    convolved = batches or ((256,) if setting.on_gpu else (2,) if quick else (16,))
+    batches = batches or ((256, 32) if setting.on_gpu and not quick else convolved)
     directions = ("fwd", "bwd") if quick else ("fwd", "dgrad", "wgrad", "bwd")
     cases = light_cases(setting.device, dtype, batches, quick)
-    cases += conv_cases(setting.device, dtype, batches[:1], directions)
-    return [_op_job(case) for case in cases]
-
-
-def _op_job(case: OpCase) -> Job:
-    fields = case.fields
-    shape = "x".join(map(str, fields["shape"]))
-    title = f"{fields['case']}, {shape}, {name_of(case.dtype)}"
-    return Job(fields["section"], title, names_of(case), lambda setting: measure_op(case, setting))
+    cases += conv_cases(setting.device, dtype, convolved, directions)
+    return [op_job(case, setting) for case in cases]
 
 
 def _blocks(
@@ -104,9 +95,9 @@ def _blocks(
 ) -> list[Job]:
     batches = batches or ((256,) if setting.on_gpu else (2,) if quick else (16,))
     return [
-        network_job(_block(name, batch, dtype, setting), setting, quick)
+        network_job(work, setting, default_names(work, quick))
         for batch in batches
-        for name in BLOCKS
+        for work in (_block(name, batch, dtype, setting) for name in BLOCKS)
     ]
 
 
@@ -119,8 +110,8 @@ def _block(name: str, batch: int, dtype: torch.dtype, setting: Setting) -> Workl
 def _model(
     setting: Setting, dtype: torch.dtype, batches: tuple[int, ...], quick: bool
 ) -> list[Job]:
-    training: tuple[int, ...] = (32, 256, 400)
-    inference: tuple[int, ...] = (1, 32, 256, 400)
+    training: tuple[int, ...] = (256, 400, 32)
+    inference: tuple[int, ...] = (256, 1, 32, 400)
     if not setting.on_gpu:
         training = inference = (1, 16)
     if quick:
@@ -130,4 +121,7 @@ def _model(
         for training, own in ((True, training), (False, inference))
         for batch in batches or own
     ]
-    return [network_job(work, setting, quick) for work in found]
+    jobs = [network_job(work, setting, default_names(work, quick)) for work in found]
+    if setting.on_gpu and not quick and not setting.wanted:  # what takes minutes to compile, last
+        jobs += [network_job(work, setting, SLOW_TO_COMPILE, ", max-autotune") for work in found]
+    return jobs

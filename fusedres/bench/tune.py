@@ -1,7 +1,8 @@
 """From measurements to the plan table: which plan a convolution takes, who runs a light pass.
 
 Rows of the suite "ops" say how long each backend and plan took at each size. The fastest gets the
-entry; between two measured sizes with different winners the border is their geometric mean.
+entry; between two measured sizes with different winners the border is their geometric mean. It
+holds down to a quarter of the smallest size that was measured, and for all that are larger.
 """
 
 from __future__ import annotations
@@ -98,13 +99,14 @@ def _light(rows: Sequence[Row]) -> list[Entry]:
         if op is None or " + " in row["case"]:  # a pair spans two ops
             continue
         size = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
-        times[row["device"], row["dtype"], op][size][row["case"]][row["backend"]] = row["ms"]
+        part = (row["case"], *row["shape"])  # several shapes have one size
+        times[row["device"], row["dtype"], op][size][part][row["backend"]] = row["ms"]
     found = []
     for (device, dtype, op), sizes in times.items():
         winners = {}
-        for size, cases in sizes.items():
-            shared = set.intersection(*(set(by) for by in cases.values()))
-            totals = {name: sum(by[name] for by in cases.values()) for name in shared}
+        for size, parts in sizes.items():
+            shared = set.intersection(*(set(by) for by in parts.values()))
+            totals = {name: sum(by[name] for by in parts.values()) for name in shared}
             if len(totals) > 1:
                 winners[size] = min(totals, key=lambda name: totals[name])
         about = {"device": device, "dtype": dtype, "op": op}
@@ -113,9 +115,9 @@ def _light(rows: Sequence[Row]) -> list[Entry]:
 
 
 def _spans(winners: dict[int, str]) -> list[tuple[list[int | None], str]]:
-    """[least, most] around each run of sizes with one winner; the last is open."""
+    """[least, most] around each run of sizes with one winner."""
     spans: list[tuple[list[int | None], str]] = []
-    least, last = 0, 0
+    least, last = min(winners, default=0) // 4, 0
     for size in sorted(winners):
         if spans and spans[-1][1] != winners[size]:
             border = round(math.sqrt(last * size))

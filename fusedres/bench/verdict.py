@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
-from fusedres.bench.rows import Row, key, label
+from fusedres.bench.judging import LARGEST_ALONE
+from fusedres.bench.rows import Row, group, key, label
 from fusedres.testing import FACTOR, FLOOR
 
 MARGIN = {"cpu": 0.25, "gpu": 0.10}  # of change that is taken for noise
+VERDICTS = ("failed", "missing", "wrong", "slower", "faster", "same")
+BAD = VERDICTS[:4]
 LIMIT = {"section", "case", "shape", "dtype", "name", "ratio", "margin"}
 
 
@@ -26,7 +29,7 @@ class Change:
         what: the row in words.
         by: the new time over the old one: above 1 is slower. On a CPU both are times over that of
             the provider they were measured beside, or over what the ceilings of their run allow.
-        verdict: "slower", "faster", "same", "wrong" or "failed".
+        verdict: one of VERDICTS.
         detail: what the verdict rests on.
     """
 
@@ -49,28 +52,34 @@ def changes(old: Sequence[Row], new: Sequence[Row], margin: float | None = None)
     Raises:
         ValueError: the files have no row in common.
     """
-    before = {(row["device"], key(row)): row for row in old if "error" not in row}
+    before = {
+        (row["device"], key(row)): row
+        for row in old
+        if "error" not in row and row["section"] != "ceilings" and row["name"] != "copy"
+    }
+    after = {(row["device"], key(row)): row for row in new}
+    jobs = {(row["device"], group(row)) for row in new}
     found = []
-    for row in new:
-        match = before.get((row["device"], key(row)))
-        if match is not None and row["section"] != "ceilings" and row["name"] != "copy":
-            found.append(_change(match, row, margin))
-    if not found:
+    for same, row in before.items():
+        if same in after:
+            found.append(_change(row, after[same], margin))
+        elif (row["device"], group(row)) in jobs:
+            found.append(Change(in_words(row), math.inf, "missing", "others of its job ran"))
+    if not any(change.verdict != "missing" for change in found):
         raise ValueError(
             "the two files have no row in common: the same device, section, case, shape, dtype, "
             "batch, name and plan"
         )
-    order = ["failed", "wrong", "slower", "faster", "same"]
-    return sorted(found, key=lambda change: (order.index(change.verdict), -change.by))
+    return sorted(found, key=lambda change: (VERDICTS.index(change.verdict), -change.by))
 
 
 def _change(old: Row, new: Row, margin: float | None) -> Change:
     what = in_words(new)
     if "error" in new:
         return Change(what, math.inf, "failed", new["error"])
-    if _is_worse(old, new):
-        detail = f"error {new['max_error']:.1e}, was {old['max_error']:.1e}"
-        return Change(what, _times(new)[0] / _times(old)[0], "wrong", detail)
+    worse = _worse(old, new)
+    if worse:
+        return Change(what, _times(new)[0] / _times(old)[0], "wrong", worse)
     if margin is None:
         margin = MARGIN["cpu" if new["device"] == "cpu" else "gpu"]
     (was, was_p20, was_p80), (now, now_p20, now_p80) = _times(old), _times(new)
@@ -103,12 +112,14 @@ def _unit(row: Row) -> str:
     return "of the roofline's time"
 
 
-def _is_worse(old: Row, new: Row) -> bool:
-    was, now = old.get("max_error"), new.get("max_error")
-    if was is None or now is None:
-        return False
+def _worse(old: Row, new: Row) -> str:
+    """Which error grew beyond what is allowed; "" if none did."""
     floor = FLOOR[getattr(torch, new["dtype"])]
-    return not now <= FACTOR * was + floor
+    for field, least in (("max_error", floor), ("grad_error", LARGEST_ALONE)):
+        was, now = old.get(field), new.get(field)
+        if was is not None and now is not None and not now <= FACTOR * was + least:
+            return f"{field.replace('_', ' ')} {now:.1e}, was {was:.1e}"
+    return ""
 
 
 def in_words(row: Row) -> str:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fusedres.bench import rows as results
 from fusedres.bench.judging import suspect
-from fusedres.bench.measure import Measured, Setting
+from fusedres.bench.measure import Job, Measured, Setting, is_done, run_job
 from fusedres.bench.profile import profile_step
 from fusedres.bench.providers import Way, Workload
 from fusedres.bench.report import readme_tables
 from fusedres.bench.report import write as write_report
 from fusedres.bench.rows import Row
 from fusedres.bench.suites import SUITES, jobs_of, prepare, setting_for, with_ceilings
-from fusedres.bench.verdict import changes, exceeded, in_words, read_limits
+from fusedres.bench.verdict import BAD, VERDICTS, changes, exceeded, in_words, read_limits
 from fusedres.cli._command import Command, UserError
 from fusedres.cli._options import add_device, at_least, fraction
 from fusedres.cli._options import device as device_of
@@ -42,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few sizes and rounds, some minutes")
     parser.add_argument(
         "--out", type=Path, default=OUT, help="rows are added to this file (default %(default)s)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out jobs whose rows of this commit are there",
     )
     _add_where(parser)
     parser.add_argument(
@@ -121,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             Way(name)
         except ValueError as error:
-            if name != "convolution":  # of the single ops
+            if name != "convolution" or args.suite != "ops":
                 raise UserError(f"--providers: {error}", exit_code=2) from None
     setting, dtype = _prepared(args, args.quick, args.providers)
     rows = _existing(args.out)
@@ -135,8 +139,10 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not jobs:
         raise UserError(f"no job's title holds {args.only!r}; titles look like 'train, batch 16'")
+    if args.resume:
+        jobs = [job for job in jobs if not is_done(job, rows, setting.where)]
     for job in _progress(jobs):
-        measured += _add(args.out, rows, job.run(setting))
+        measured += _add(args.out, rows, run_job(job, setting))
     wrong = _say_in_short(measured)
     print(f"written        {args.out}; `fusedres bench report {args.out}` makes a page of it")
     return 1 if wrong else 0
@@ -170,10 +176,10 @@ def _add(path: Path, rows: list[Row], found: Sequence[Measured]) -> list[Row]:
     return new
 
 
-def _progress(jobs: Sequence[Any]) -> Any:
+def _progress(jobs: Sequence[Job]) -> Iterator[Job]:
     bar = require("tqdm", "tqdm", "the progress bar").tqdm(jobs, unit="job", dynamic_ncols=True)
     for job in bar:
-        bar.set_postfix_str(f"{job.section}: {job.title}"[:60])
+        bar.set_postfix_str(f"{job.about['section']}: {job.title}"[:60])
         yield job
 
 
@@ -242,12 +248,9 @@ def _compare(args: argparse.Namespace) -> int:
     for change in found:
         if change.verdict != "same":
             print(f"{change.verdict:7} {change.by:6.2f}x the time  {change.what}: {change.detail}")
-    counts = {
-        verdict: sum(c.verdict == verdict for c in found)
-        for verdict in ("same", "faster", "slower", "wrong", "failed")
-    }
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    return 1 if counts["slower"] or counts["wrong"] or counts["failed"] else 0
+    counts = {verdict: sum(c.verdict == verdict for c in found) for verdict in VERDICTS}
+    print(", ".join(f"{count} {verdict}" for verdict, count in reversed(counts.items())))
+    return 1 if any(counts[verdict] for verdict in BAD) else 0
 
 
 def _gate(args: argparse.Namespace) -> int:

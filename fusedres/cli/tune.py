@@ -9,9 +9,9 @@ from typing import Any
 
 from fusedres import _plan_table
 from fusedres.bench import rows as results
-from fusedres.bench.judging import suspect
-from fusedres.bench.measure import own_backends
-from fusedres.bench.rows import Row
+from fusedres.bench.judging import by, suspect
+from fusedres.bench.measure import own_backends, run_job
+from fusedres.bench.rows import Row, group
 from fusedres.bench.suites import jobs_of, prepare, setting_for
 from fusedres.bench.tune import entries_from
 from fusedres.cli._command import Command, UserError
@@ -54,9 +54,15 @@ def run(args: argparse.Namespace) -> int:
         _plan_table.reload()
         print(f"{'removed' if existed else 'there is no'} {path}")
         return 0
-    rows = _from_files(args.files) if args.files else _measured(args)
-    entries = entries_from([row for row in rows if not suspect(row, rows)])
+    rows = _from_files(args.files) if args.files else _measured(args, path)
+    by_group = by(rows, lambda row: (row["device"], group(row)))
+    entries = entries_from(
+        [row for job in by_group.values() for row in job if not suspect(row, job)]
+    )
     old = _entries_in(path)
+    for entry in entries:  # kernel configurations are another matter: they stay
+        configs = [e["configs"] for e in old if _same(e, entry) and "configs" in e]
+        entry |= {"configs": configs[0]} if configs else {}
     kept = [entry for entry in old if not any(_same(entry, new) for new in entries)]
     for entry in entries:
         if entry not in old:
@@ -78,7 +84,8 @@ def _from_files(files: list[Path]) -> list[Row]:
         raise UserError(f"--from: {error}") from None
 
 
-def _measured(args: argparse.Namespace) -> list[Row]:
+def _measured(args: argparse.Namespace, table: Path) -> list[Row]:
+    """Measure; the rows are left beside the table, and after every job, for it may be cut short."""
     device = device_of(args.device)
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     found = own_backends("conv_bn", device, dtype)
@@ -88,9 +95,12 @@ def _measured(args: argparse.Namespace) -> list[Row]:
     prepare(device)
     setting = setting_for(device, args.quick)
     rows: list[Row] = []
+    path = table.with_suffix(".rows.json")
+    print(f"rows go to {path}; `fusedres tune --from {path}` goes on from there")
     jobs = jobs_of("ops", setting, dtype, args.batch or (256, 32), args.quick)
     for job in require("tqdm", "tqdm", "the progress bar").tqdm(jobs, unit="job"):
-        rows += [measured.row for measured in job.run(setting)]
+        rows += [measured.row for measured in run_job(job, setting)]
+        results.write(path, rows)
     return rows
 
 

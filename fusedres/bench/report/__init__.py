@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fusedres.bench.judging import Device, newest, positive, suspect
+from fusedres.bench.judging import Device, newest, positive
 from fusedres.bench.report.columns import PLAIN, table_of
 from fusedres.bench.report.layer_sections import by_layer, light_passes, time_spent
 from fusedres.bench.report.page import (
