@@ -169,7 +169,8 @@ def test_ceilings_are_measured() -> None:
     ceilings, found = measure_ceilings(SETTING, torch.float32)
     by_name = {m.row["name"]: m.row for m in found}
     assert ceilings.bandwidth >= by_name["copy"]["gb_s"] * 1e9 * (1 - 1e-9)
-    assert ceilings.peak >= by_name["matmul"]["tflops"] * 1e12 * (1 - 1e-9)
+    for name in ("matmul", "convolution"):
+        assert ceilings.peak >= by_name[name]["tflops"] * 1e12 * (1 - 1e-9)
     assert 1e8 < ceilings.bandwidth < 1e13 and 1e9 < ceilings.peak < 1e16
 
 

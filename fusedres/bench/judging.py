@@ -110,12 +110,10 @@ class Device:
             return "wrong"
         return "fusedres" if is_ours(row) else "anchor" if self.anchors(row) else "other"
 
-    def ceiling(self, name: str, field: str, dtype: str | None = None) -> float | None:
-        """ "copy" in GB/s or "matmul" in TFLOP/s, the newest of the dtype."""
-        found = [r for r in self.of("ceilings") if r["name"] == name and positive(r, field)]
-        found = [r for r in found if dtype in (None, r["dtype"])]
-        found.sort(key=lambda row: str(row.get("time") or ""))
-        return float(found[-1][field]) if found else None
+    def ceiling(self, field: str, dtype: str | None = None) -> float | None:
+        """The most that was reached: "gb_s" by a copy, "tflops" in a dtype by large products."""
+        rows = [row for row in self.of("ceilings") if dtype in (None, row["dtype"])]
+        return max(filter(None, (positive(row, field) for row in rows)), default=None)
 
 
 # --- several rows ---

@@ -21,7 +21,7 @@ ANCHOR = "eager"  # what every other one is held against
 
 class Ceilings(NamedTuple):
     """What the device reaches where nothing is in the way: bytes/s of a large copy, read and
-    written, and FLOP/s of a large matrix product.
+    written, and FLOP/s of a large matrix product or convolution.
     """
 
     bandwidth: float
@@ -157,7 +157,7 @@ def timed_rows(
             images.
         work: what one run needs by contract.
         ceilings: for the share of the roofline.
-        anchor: the provider whose times the others' are divided by.
+        anchor: the provider whose times the others' are divided by; "copy" where it is not there.
     """
     found = []
     for name in comparison.seconds:
@@ -181,6 +181,8 @@ def timed_rows(
         if ceilings:
             least = sum(roofline.seconds(f, b, *ceilings) for b, f in work[name])
             row["of_roofline"] = least / seconds
+        if anchor not in comparison.seconds:
+            anchor = "copy"  # of as many bytes
         if anchor in comparison.seconds:
             paired = comparison.paired_ratio(name, anchor)
             scale = counts[anchor] / count
@@ -201,8 +203,8 @@ def failed_row(known: Row, reason: str, setting: Setting) -> Measured:
 
 
 def measure_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Ceilings, list[Measured]]:
-    """Copy and matrix product, large enough that no cache and no launch counts; in float32 with
-    TF32 where convolutions may use it.
+    """A copy, a matrix product and a 3x3 convolution of the library's, large enough that no cache
+    and no launch counts; the product in float32 with TF32 where convolutions may use it.
     """
     device = setting.device
     numel = 2**29 if setting.on_gpu else 2**24  # float32: 2 GiB, 64 MiB
@@ -211,9 +213,16 @@ def measure_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Ceilings, li
     side = 8192 if setting.on_gpu else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
+    batch, channels = (256, 512) if setting.on_gpu else (16, 256)
+    image = torch.randn(batch, channels, 28, 28, device=device).to(dtype)
+    image = image.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    taps = 9.0 * channels * image.numel()
     work = {
         "copy": (lambda: target.copy_(source), 2.0 * numel * 4, 0.0),
         "matmul": (lambda: torch.mm(left, right, out=out), 0.0, 2.0 * side**3),
+        "convolution": (lambda: torch.conv2d(image, weight, padding=1), 0.0, 2.0 * taps),
     }
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = setting.on_gpu and conv_allows_tf32()
@@ -232,8 +241,11 @@ def measure_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Ceilings, li
         one = Comparison({name: found.seconds[name]}, {name: found.wall[name]})
         what = {name: [(bytes, flops)]}
         rows += timed_rows(one, {name: 1}, {name: known}, setting, work=what, ceilings=None)
-    best = {name: min(found.seconds[name]) for name in work}  # a ceiling is what can be reached
-    return Ceilings(2.0 * numel * 4 / best["copy"], 2.0 * side**3 / best["matmul"]), rows
+    best = {name: min(seconds) for name, seconds in found.seconds.items()}  # what can be reached
+    bandwidth = max(moved / best[name] for name, (_, moved, _) in work.items())
+    return Ceilings(
+        bandwidth, max(flops / best[name] for name, (_, _, flops) in work.items())
+    ), rows
 
 
 def largest_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -27,8 +27,8 @@ class Change:
 
     Attributes:
         what: the row in words.
-        by: the new time over the old one: above 1 is slower. On a CPU both are times over that of
-            the provider they were measured beside, or over what the ceilings of their run allow.
+        by: the new time over the old one: above 1 is slower. On a CPU, whose moods outweigh most
+            changes, both are times over that of the provider they were measured beside.
         verdict: one of VERDICTS.
         detail: what the verdict rests on.
     """
@@ -57,6 +57,7 @@ def changes(old: Sequence[Row], new: Sequence[Row], margin: float | None = None)
         for row in old
         if "error" not in row and row["section"] != "ceilings" and row["name"] != "copy"
     }
+    before = {same: row for same, row in before.items() if not _is_measure(row)}
     after = {(row["device"], key(row)): row for row in new}
     jobs = {(row["device"], group(row)) for row in new}
     found = []
@@ -92,24 +93,20 @@ def _change(old: Row, new: Row, margin: float | None) -> Change:
     return Change(what, by, verdict, f"{was:.3g} -> {now:.3g} {_unit(new)}")
 
 
+def _is_measure(row: Row) -> bool:
+    """Whether it is what others are held to on a CPU, and itself to nothing."""
+    return row["device"] == "cpu" and row.get("against") in (None, row["name"])
+
+
 def _times(row: Row) -> tuple[float, float, float]:
-    """Median, p20, p80: milliseconds on a GPU; on a CPU, whose moods outweigh most changes, over
-    the provider that took turns with it, or over what the run's own ceilings allow.
-    """
+    """Median, p20, p80: milliseconds on a GPU, a ratio on a CPU."""
     if row["device"] != "cpu":
         return row["ms"], row["p20"], row["p80"]
-    if row.get("ratio") is not None and row.get("against") != row["name"]:
-        return row["ratio"], row["ratio_p20"], row["ratio_p80"]
-    scale = row["of_roofline"] if row.get("of_roofline") else 1.0 / row["ms"]
-    return 1 / scale, row["p20"] / row["ms"] / scale, row["p80"] / row["ms"] / scale
+    return row["ratio"], row["ratio_p20"], row["ratio_p80"]
 
 
 def _unit(row: Row) -> str:
-    if row["device"] != "cpu":
-        return "ms"
-    if row.get("ratio") is not None and row.get("against") != row["name"]:
-        return f"of {row['against']}'s time"
-    return "of the roofline's time"
+    return "ms" if row["device"] != "cpu" else f"of {row['against']}'s time"
 
 
 def _worse(old: Row, new: Row) -> str:

@@ -186,7 +186,8 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Job]:
 def _say_in_short(rows: Sequence[Row]) -> bool:
     """How the networks did, what failed, what is wrong; whether something of ours is."""
     for row in rows:
-        if row["section"] in ("train", "infer", "blocks") and row.get("ratio") is not None:
+        network = row["section"] in ("train", "infer", "blocks")
+        if network and row.get("against") not in (None, row["name"]):
             speed = 1 / row["ratio"]
             spread = f"{1 / row['ratio_p80']:.2f} to {1 / row['ratio_p20']:.2f}"
             print(f"{speed:6.2f}x as fast as {row['against']} ({spread})  {in_words(row)}")

@@ -65,7 +65,7 @@ def _roofline_text(device: Device, row: Row) -> str:
     share = positive(row, "of_roofline")
     if share:
         return f"{100 * share:.0f}%"
-    speed, copied = positive(row, "gb_s"), device.ceiling("copy", "gb_s")
+    speed, copied = positive(row, "gb_s"), device.ceiling("gb_s")
     if row["section"] != "light" or not speed or not copied:
         return ""
     return f"{100 * speed / copied:.0f}% of copy"

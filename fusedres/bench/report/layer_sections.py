@@ -62,7 +62,7 @@ def by_layer(device: Device) -> list[Block]:
 
 
 def _roofline(device: Device, rows: Sequence[Row], dtype: str, title: str) -> list[Block]:
-    peak, bandwidth = device.ceiling("matmul", "tflops", dtype), device.ceiling("copy", "gb_s")
+    peak, bandwidth = device.ceiling("tflops", dtype), device.ceiling("gb_s")
     if not device.gpu and not peak:
         return []  # then there is nothing to count a CPU's speed in
     unit = 1.0 if device.gpu else peak or 1.0
@@ -77,11 +77,11 @@ def _roofline(device: Device, rows: Sequence[Row], dtype: str, title: str) -> li
     if not panels:
         return []
     ridge = 1e3 * peak / bandwidth if peak and bandwidth else None
-    what = "TFLOP/s" if device.gpu else "share of the matrix product's speed"
+    what = "TFLOP/s" if device.gpu else "share of the ceiling's speed"
     draw = partial(figures.roofline, panels, ridge, peak and peak / unit, what)
     caption = (
         f"{title}: each marker is one layer. On the slope memory is the limit, on the level "
-        "arithmetic is; the line is what was measured of a large copy and a large matrix product."
+        "arithmetic is; the line is what was measured of a large copy and of large products."
     )
     return [Figure(caption, partial(figures.svg, draw=draw))]
 

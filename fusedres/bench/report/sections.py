@@ -53,11 +53,11 @@ def origin(device: Device) -> Table:
         entries[named.get(field, field)] = values_of(device.rows, field)
     entries |= {"commit": ", ".join(commits), "measured": dates, "rows": str(len(device.rows))}
     if device.gpu:
-        if copied := device.ceiling("copy", "gb_s"):
+        if copied := device.ceiling("gb_s"):
             entries["ceiling: copy"] = f"{three_figures(copied)} GB/s"
         for dtype in dict.fromkeys(row["dtype"] for row in device.of("ceilings")):
-            if peak := device.ceiling("matmul", "tflops", dtype):
-                entries[f"ceiling: matmul, {dtype}"] = f"{three_figures(peak)} TFLOP/s"
+            if peak := device.ceiling("tflops", dtype):
+                entries[f"ceiling: arithmetic, {dtype}"] = f"{three_figures(peak)} TFLOP/s"
     columns = [Column("", number=False), Column("", number=False, long=True)]
     lines = [[Cell(name), Cell(value)] for name, value in entries.items() if value]
     return Table("where and with what", columns, lines)
@@ -172,7 +172,7 @@ def bytes_per_image(devices: Sequence[Device]) -> list[Block]:
     roofs = []
     for device in devices:
         for dtype in ("bfloat16", "float16"):
-            peak, copied = device.ceiling("matmul", "tflops", dtype), device.ceiling("copy", "gb_s")
+            peak, copied = device.ceiling("tflops", dtype), device.ceiling("gb_s")
             if device.gpu and peak and copied:
                 columns.append(Column(f"img/s at most, {device.name}"))
                 roofs.append((copied * 1e9, peak * 1e12))
