@@ -243,9 +243,8 @@ def measure_ceilings(setting: Setting, dtype: torch.dtype) -> tuple[Ceilings, li
         rows += timed_rows(one, {name: 1}, {name: known}, setting, work=what, ceilings=None)
     best = {name: min(seconds) for name, seconds in found.seconds.items()}  # what can be reached
     bandwidth = max(moved / best[name] for name, (_, moved, _) in work.items())
-    return Ceilings(
-        bandwidth, max(flops / best[name] for name, (_, _, flops) in work.items())
-    ), rows
+    peak = max(flops / best[name] for name, (_, _, flops) in work.items())
+    return Ceilings(bandwidth, peak), rows
 
 
 def largest_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -187,7 +187,7 @@ def _say_in_short(rows: Sequence[Row]) -> bool:
     """How the networks did, what failed, what is wrong; whether something of ours is."""
     for row in rows:
         network = row["section"] in ("train", "infer", "blocks")
-        if network and row.get("against") not in (None, row["name"]):
+        if network and "ratio" in row and row["against"] != row["name"]:
             speed = 1 / row["ratio"]
             spread = f"{1 / row['ratio_p80']:.2f} to {1 / row['ratio_p20']:.2f}"
             print(f"{speed:6.2f}x as fast as {row['against']} ({spread})  {in_words(row)}")

@@ -64,9 +64,9 @@ LEAD = (
     "by one from round to round, so that all met the same moods of the machine. A speed is the "
     "median, over the rounds, of the two times within a round; p20 to p80 is how far it spread. "
     "Speeds marked ~ are quotients of two medians instead, of runs that did not take turns. "
-    "% of roofline is the time that the ceilings measured in the same "
-    "run (a large copy, a large matrix product and convolution) would allow, over the time taken; inputs that stay "
-    "in a cache can take it over 100%.",
+    "% of roofline is the time that the ceilings measured in the same run (a large copy, a large "
+    "matrix product and convolution) would allow, over the time taken; inputs that stay in a cache "
+    "can take it over 100%.",
     "Errors are distances from the same computed in fp64, relative to it: of single ops the "
     "largest element's, of networks by the Euclidean norm. In half types the gradients of a whole "
     "network are mostly noise, in every implementation alike: compare them with one another. A "
