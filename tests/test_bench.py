@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +114,80 @@ def test_a_rotation_meets_every_set_in_turn() -> None:
 def test_caches_and_malloc_of_this_machine() -> None:
     assert 2**18 <= harness.cache_bytes(torch.device("cpu")) < 2**33
     assert isinstance(harness.keep_freed_memory(), bool)
+
+
+class FakeGpu:
+    """torch.cuda, as far as a capture and events need it, on a machine without one: what was called
+    in which order, and a clock that only work moves.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.milliseconds = 0.0
+        self.stream = "current"
+        names = ("synchronize", "reset_peak_memory_stats")
+        fakes = {name: lambda *_, name=name: self.log.append(name) for name in names}
+        fakes |= {"current_stream": lambda: types.SimpleNamespace(wait_stream=lambda _: None)}
+        fakes |= {"Stream": lambda: types.SimpleNamespace(wait_stream=lambda _: None)}
+        fakes |= {"stream": self.on_stream, "graph": self.graph, "Event": self.event}
+        fakes |= {"CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: "replayed")}
+        fakes |= {"set_stream": lambda _: self.log.append("set_stream")}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextmanager
+    def on_stream(self, _: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def graph(self, _: object, pool: object) -> Iterator[None]:
+        self.log.append(f"capture into {pool}")
+        try:
+            yield
+        except RuntimeError:  # as torch: what ends the capture raises over it
+            raise RuntimeError("capture was invalidated") from None
+        self.log.append("captured")
+
+    def event(self, enable_timing: bool) -> Any:
+        at = {}
+        return types.SimpleNamespace(
+            at=at,
+            record=lambda: at.update(ms=self.milliseconds),
+            elapsed_time=lambda other: other.at["ms"] - at["ms"],
+        )
+
+
+def test_a_run_is_captured_after_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    replay = harness.captured(lambda: gpu.log.append("run"), "pool")
+    assert replay() == "replayed"
+    expected = ["run", "run", "synchronize", "reset_peak_memory_stats", "capture into pool"]
+    assert gpu.log == [*expected, "run", "captured"]
+
+
+def test_a_failed_capture_says_why_and_gives_the_stream_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def run() -> None:
+        if any(word.startswith("capture") for word in gpu.log):
+            raise RuntimeError("synchronises while it is captured")
+
+    with pytest.raises(RuntimeError, match="synchronises while"):
+        harness.captured(run)
+    assert gpu.log[-2:] == ["set_stream", "synchronize"]
+
+
+def test_events_tell_the_devices_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def run() -> None:
+        gpu.milliseconds += 40
+
+    lap = stopwatch_for("cuda")(run)
+    assert lap.seconds == pytest.approx(0.04) and 0 <= lap.wall < 0.03
+    assert gpu.log == ["synchronize", "synchronize"]
 
 
 @pytest.mark.gpu
