@@ -13,6 +13,7 @@ import pytest
 from fusedres.bench import rows as results
 from fusedres.bench.report import readme_tables
 from fusedres.bench.rows import Row
+from fusedres.bench.verdict import read_limits
 from fusedres.cli import main
 from fusedres.cli.bench import BEGIN, END
 
@@ -92,6 +93,14 @@ def test_every_speed_in_the_readme_is_a_rows(  # not by the code that wrote it
         assert {cell.strip("| ") for line in body for cell in line} == {"not measured"}
     prose = (ROOT / "README.md").read_text().replace(tables_of_the_readme(), "")
     assert not re.search(r"\d\.\d+ ?x\b|\d+ img/s|\d+(\.\d+)? ms\b", prose)
+
+
+def test_limits_are_of_what_was_measured() -> None:
+    rows = [row for row in rows_of_results() if row["device"] == "cpu"]
+    for limit in read_limits(ROOT / "benchmarks" / "limits.json"):
+        asked = {f: limit[f] for f in ("section", "case", "shape", "dtype", "name")}
+        (row,) = (row for row in rows if asked.items() <= row.items())
+        assert limit["ratio"] == round(row["ratio"], 2), limit
 
 
 def test_files_of_results_say_where_they_come_from() -> None:

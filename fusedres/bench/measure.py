@@ -183,7 +183,7 @@ def timed_rows(
             row["of_roofline"] = least / seconds
         if anchor not in comparison.seconds:
             anchor = "copy"  # of as many bytes
-        if anchor in comparison.seconds:
+        if anchor in comparison.seconds and len(comparison.seconds) > 1:
             paired = comparison.paired_ratio(name, anchor)
             scale = counts[anchor] / count
             row |= {

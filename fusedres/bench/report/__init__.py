@@ -72,7 +72,8 @@ LEAD = (
     "network are mostly noise, in every implementation alike: compare them with one another. A "
     "result is "
     f"called wrong where its error is more than {FACTOR:g} times that of what it is held against, "
-    "plus a floor for the dtype.",
+    "plus a floor for the dtype; the floor of gradients through several layers is 0.1, for ReLU's "
+    "mask is chance where an activation is within rounding of zero.",
     "Of a CPU only ratios are shown: its absolute speeds say more about the machine than about the "
     "code.",
 )
