@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fusedres import _plan_table
+from fusedres.bench.measure import Job
 from fusedres.bench.rows import Row
-from fusedres.bench.tune import entries_from
+from fusedres.bench.tune import decides, entries_from
 from fusedres.bench.verdict import changes, exceeded, read_limits
 
 
@@ -226,6 +227,24 @@ def test_passes_that_span_ops_and_rows_of_others_decide_nothing() -> None:
     )
     assert entries_from([r | {"backend": None} for r in passes(8, a=1, b=2)]) == []
     assert entries_from(passes(8, cuda=1.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "case", "names", "decides_something"),
+    [
+        ("conv_bn", "fwd", ("fusedres-triton, fused", "fusedres-triton, split", "eager"), True),
+        ("conv_bn", "fwd", ("fusedres-triton, fused", "fusedres-cuda, split", "eager"), True),
+        ("conv_bn", "dgrad", ("fusedres-triton, fused", "fusedres-triton, split"), False),
+        ("conv_bn", "bwd", ("fusedres-triton, split", "fusedres-cuda, split"), False),  # a 3x3
+        ("light", "bn_act_fwd", ("fusedres-cuda", "fusedres-triton", "eager", "copy"), True),
+        ("light", "bn_act_fwd", ("fusedres-cpp", "eager", "copy"), False),
+    ],
+)
+def test_tune_measures_what_there_is_to_choose(
+    section: str, case: str, names: tuple[str, ...], decides_something: bool
+) -> None:
+    job = Job({"section": section, "case": case}, "", names, lambda _: [])
+    assert decides(job) is decides_something
 
 
 def test_entries_are_what_the_table_takes() -> None:

@@ -2,7 +2,7 @@
 
 A file of results is a JSON list of rows, each complete in itself. Fields of every row:
 
-- section: "ceilings", "light", "conv_bn", "blocks", "train" or "infer"
+- section: "ceilings", "light", "conv_bn", "blocks", "train", "infer" or "profile"
 - case: what ran in this section, "bn_act_fwd, residual" say; "resnet50" for the whole network
 - shape: of its input, [N, C, H, W]; in section "conv_bn" [N, H, C, K, kernel, stride]; [] for none
 - name: who ran it: "eager", "graph", "compile", "fusedres-cuda", "fusedres-triton-graph", ..
@@ -14,7 +14,8 @@ A row that was measured has also (None where it does not apply, or could not be 
 - ms, p20, p80: median and percentiles of milliseconds: of the GPU where there is one, else of a
   wall clock; wall_ms: the median of the host's clock; runs: how many
 - against, ratio, ratio_p20, ratio_p80: time over that of the row of this name in the same run, by
-  the median of the ratios within a round; below 1 is faster
+  the median of the ratios within a round; below 1 is faster. It is "eager", where torch has no such
+  op "copy"
 - img_s: images a second
 - bytes, gb_s: what the contract has to read and write, and how fast that went
 - flops, tflops: its arithmetic
@@ -24,7 +25,8 @@ A row that was measured has also (None where it does not apply, or could not be 
 - how: "calls", "launches" in a loop, or "graph"; note: anything a reader must know; count: how many
   such layers the network has
 
-A row that failed has `error`, the reason in one line, and no ms.
+A row that failed has `error`, the reason in one line, and no ms. Rows of section "profile" are one
+training step by layer (case) and direction (name), with share, of the step, and kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ import fusedres
 from fusedres.training.files import write_atomically
 
 Row = dict[str, Any]
-SECTIONS = ("ceilings", "light", "conv_bn", "blocks", "train", "infer")
+SECTIONS = ("ceilings", "light", "conv_bn", "blocks", "train", "infer", "profile")
 _ALWAYS = ("section", "name", "dtype", "device")  # what no row can be read without
 _IDENTITY = ("section", "case", "shape", "dtype", "batch", "name", "plan")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fusedres.bench.measure import Job
 from fusedres.bench.rows import Row
 
 Entry = dict[str, Any]
@@ -27,6 +28,17 @@ _OPS = {
     "bn_relu_maxpool": "bn_relu_maxpool",
     "add_relu": "add_relu",
 }
+
+
+def decides(job: Job) -> bool:
+    """Whether there is anything to choose in it: both plans of a layer, forward or backward as a
+    whole; two backends of a light pass.
+    """
+    ours = [name for name in job.names if name.startswith("fusedres-")]
+    plans = {name.partition(", ")[2] for name in ours}
+    if job.about["section"] == "conv_bn":
+        return plans >= {"fused", "split"} and job.about["case"] in ("fwd", "bwd")
+    return job.about["section"] == "light" and len(ours) > 1
 
 
 def entries_from(rows: Sequence[Row]) -> list[Entry]:

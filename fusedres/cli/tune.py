@@ -13,7 +13,7 @@ from fusedres.bench.judging import by, suspect
 from fusedres.bench.measure import own_backends, run_job
 from fusedres.bench.rows import Row, group
 from fusedres.bench.suites import jobs_of, prepare, setting_for
-from fusedres.bench.tune import entries_from
+from fusedres.bench.tune import decides, entries_from
 from fusedres.cli._command import Command, UserError
 from fusedres.cli._options import add_device, at_least
 from fusedres.cli._options import device as device_of
@@ -98,6 +98,7 @@ def _measured(args: argparse.Namespace, table: Path) -> list[Row]:
     path = table.with_suffix(".rows.json")
     print(f"rows go to {path}; `fusedres tune --from {path}` goes on from there")
     jobs = jobs_of("ops", setting, dtype, args.batch or (256, 32), args.quick)
+    jobs = [job for job in jobs if decides(job)]
     for job in require("tqdm", "tqdm", "the progress bar").tqdm(jobs, unit="job"):
         rows += [measured.row for measured in run_job(job, setting)]
         results.write(path, rows)

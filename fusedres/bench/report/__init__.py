@@ -147,7 +147,7 @@ def _of_device(device: Device) -> list[Block]:
     blocks += by_layer(device)
     blocks += light_passes(device)
     blocks += time_spent(device)
-    known = {*SECTIONS, "profile"}
+    known = set(SECTIONS)
     for section in dict.fromkeys(row["section"] for row in device.rows):
         if section not in known:
             blocks.append(Heading(3, f"Other measurements: {section}"))

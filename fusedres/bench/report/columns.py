@@ -122,7 +122,8 @@ COLUMNS = {
 }
 OPS = ("case", "shape")
 _TIMES = ("provider", "plan", "speed", "spread", "ms")
-NETWORK = (*_TIMES, "wall_ms", "img_s", "max_error", "grad_error", "peak_gib", "note")
+NETWORK = (*_TIMES, "wall_ms", "img_s", "tflops", "of_roofline", "max_error", "grad_error")
+NETWORK += ("peak_gib", "note")
 LIGHT = (*_TIMES, "of_roofline", "gb_s", "max_error", "how", "note")
 PROFILE = ("case", "kind", "backend", "plan", "share", "ms", "bytes", "of_roofline", "kernels")
 _SPEEDS = ("dtype", "batch", "count", "img_s", "gb_s", "tflops", "of_roofline")
