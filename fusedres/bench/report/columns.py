@@ -122,8 +122,8 @@ COLUMNS = {
 }
 OPS = ("case", "shape")
 _TIMES = ("provider", "plan", "speed", "spread", "ms")
-NETWORK = (*_TIMES, "wall_ms", "img_s", "tflops", "of_roofline", "max_error", "grad_error")
-NETWORK += ("peak_gib", "note")
+_SHARES = ("img_s", "tflops", "of_roofline")
+NETWORK = (*_TIMES, "wall_ms", *_SHARES, "max_error", "grad_error", "peak_gib", "note")
 LIGHT = (*_TIMES, "of_roofline", "gb_s", "max_error", "how", "note")
 PROFILE = ("case", "kind", "backend", "plan", "share", "ms", "bytes", "of_roofline", "kernels")
 _SPEEDS = ("dtype", "batch", "count", "img_s", "gb_s", "tflops", "of_roofline")
