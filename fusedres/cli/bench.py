@@ -177,7 +177,9 @@ def _add(path: Path, rows: list[Row], found: Sequence[Measured]) -> list[Row]:
 
 
 def _progress(jobs: Sequence[Job]) -> Iterator[Job]:
-    bar = require("tqdm", "tqdm", "the progress bar").tqdm(jobs, unit="job", dynamic_ncols=True)
+    bar = require("tqdm", "tqdm", "the progress bar", "bench").tqdm(
+        jobs, unit="job", dynamic_ncols=True
+    )
     for job in bar:
         bar.set_postfix_str(f"{job.about['section']}: {job.title}"[:60])
         yield job

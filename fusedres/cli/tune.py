@@ -99,7 +99,7 @@ def _measured(args: argparse.Namespace, table: Path) -> list[Row]:
     print(f"rows go to {path}; `fusedres tune --from {path}` goes on from there")
     jobs = jobs_of("ops", setting, dtype, args.batch or (256, 32), args.quick)
     jobs = [job for job in jobs if decides(job)]
-    for job in require("tqdm", "tqdm", "the progress bar").tqdm(jobs, unit="job"):
+    for job in require("tqdm", "tqdm", "the progress bar", "bench").tqdm(jobs, unit="job"):
         rows += [measured.row for measured in run_job(job, setting)]
         results.write(path, rows)
     return rows

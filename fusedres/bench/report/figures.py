@@ -71,7 +71,7 @@ class Point:
 
 def svg(number: int, draw: Callable[[], Any]) -> str:
     """The figure that `draw` makes as an <svg> element, its ids unlike those of other numbers."""
-    matplotlib = require("matplotlib", "matplotlib", "drawing figures")
+    matplotlib = require("matplotlib", "matplotlib", "drawing figures", "bench")
     content = io.StringIO()
     with matplotlib.rc_context(_RC | {"svg.hashsalt": f"figure {number}"}):
         draw().savefig(content, format="svg")
