@@ -236,6 +236,8 @@ def test_rows_of_a_comparison() -> None:
     assert (slow["gb_s"], slow["tflops"]) == pytest.approx((0.5, 1e-3))
     assert slow["of_roofline"] == pytest.approx(0.5)  # 3.5 s for the bytes, 1.75 s for the FLOP
     assert slow["against"] == "fast" and fast["ratio"] == 1
+    assert (slow["ratio_p20"], slow["ratio_p80"]) == pytest.approx((4, 8))
+    assert fast["wall_ms"] <= 1.5e3  # of one of the two runs of a round
     assert slow["ratio"] == pytest.approx(2 * 2)  # two runs of the fast one a round
     assert (fast["bytes"], fast["flops"]) == (2e9, 8e9)
     assert fast["of_roofline"] == pytest.approx(4 / 1.25)  # kernel by kernel: 2 s and 2 s
@@ -245,6 +247,7 @@ def test_rows_of_a_comparison() -> None:
 def test_ceilings_are_measured() -> None:
     ceilings, found = measure_ceilings(SETTING, torch.float32)
     by_name = {m.row["name"]: m.row for m in found}
+    assert by_name["copy"]["bytes"] == 2 * 2**24 * 4
     assert ceilings.bandwidth >= by_name["copy"]["gb_s"] * 1e9 * (1 - 1e-9)
     for name in ("matmul", "convolution"):
         assert ceilings.peak >= by_name[name]["tflops"] * 1e12 * (1 - 1e-9)
@@ -306,3 +309,17 @@ def test_the_environment_says_where_it_ran() -> None:
     assert found["torch"] == torch.__version__ and found["fusedres"] == fusedres.__version__
     assert found["driver"] is None and "commit" in found
     json.dumps(found)
+
+
+def test_the_commit_says_whether_the_tree_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = " M file"
+    monkeypatch.setattr(rows, "_said_by", lambda *c: "abc" if "rev-parse" in c else changed)
+    monkeypatch.chdir(tmp_path)
+    assert rows.environment(torch.device("cpu"))["commit"] is None
+    for folder in ("csrc", "fusedres"):
+        (tmp_path / folder).mkdir()
+    assert rows.environment(torch.device("cpu"))["commit"] == "abc and changes"
+    changed = ""
+    assert rows.environment(torch.device("cpu"))["commit"] == "abc"

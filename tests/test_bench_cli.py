@@ -13,8 +13,8 @@ from test_bench_verdict import LIMIT, both, passes, row
 
 from fusedres import _plan_table
 from fusedres.bench import rows as results
-from fusedres.bench.measure import Ceilings, Job, Measured, Setting
-from fusedres.cli import bench, main
+from fusedres.bench.measure import Ceilings, Job, Measured, Setting, is_done
+from fusedres.cli import bench, main, tune
 from fusedres.info import info
 
 ROW = {"section": "train", "case": "resnet50", "shape": [4, 3, 224, 224], "batch": 4}
@@ -103,6 +103,18 @@ def test_a_job_that_fails_leaves_its_reason_and_one_that_is_done_is_left_out(
     assert said.count("failed         train, resnet50") == 2 and "OSError: no space\n" in said
     rows = results.read([tmp_path / "rows.json"])
     assert {row["error"] for row in rows if row["section"] == "train"} == {"OSError: no space"}
+
+
+def test_a_job_is_done_where_all_its_rows_are_of_this_device_and_commit() -> None:
+    about = {f: ROW[f] for f in ("section", "case", "shape", "dtype", "batch")}
+    job = Job(about, "", ("eager", "fusedres-cpp"), lambda _: [])
+    done = [network(name, 1.0, commit="c") for name in job.names]
+    here = {"commit": "c", "device": "cpu"}
+    assert is_done(job, done, here)
+    assert not is_done(job, done[:1], here)
+    assert not is_done(job, done, here | {"device": "NVIDIA H200"})
+    assert not is_done(job, done, here | {"commit": "d"})
+    assert not is_done(job, [row | {"batch": 9} for row in done], here)
 
 
 def test_no_job_and_no_such_provider(
@@ -295,6 +307,30 @@ def test_a_table_elsewhere_and_one_that_is_something_else(
     assert main(["tune", "--from", rows, "--out", str(out)]) == 1
     assert "holds another thing" in capsys.readouterr().err
     assert main(["tune", "--from", str(out)]) == 0 and out.read_text() == "[]"
+
+
+def test_tune_measures_what_decides_and_leaves_its_rows(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both_plans = ("fusedres-triton, fused", "fusedres-triton, split", "eager")
+    jobs = [
+        Job({"section": "conv_bn", "case": "fwd"}, "decides", both_plans, lambda _: []),
+        Job({"section": "conv_bn", "case": "fwd"}, "does not", both_plans[1:], lambda _: []),
+    ]
+    ran = []
+
+    def run_job(job: Job, _: Setting) -> list[Measured]:
+        ran.append(job.title)
+        return [Measured(row) for row in both(256, 1.0, 1.5)]
+
+    monkeypatch.setattr(tune, "own_backends", lambda *_: ["cuda", "triton"])
+    monkeypatch.setattr(tune, "prepare", lambda _: None)
+    monkeypatch.setattr(tune, "jobs_of", lambda *_: jobs)
+    monkeypatch.setattr(tune, "run_job", run_job)
+    assert main(["tune"]) == 0
+    assert ran == ["decides"]
+    assert "1 entries measured" in capsys.readouterr().out
+    assert len(results.read([cache.with_suffix(".rows.json")])) == 4
 
 
 def test_info_counts_the_tables(cache: Path, tmp_path: Path) -> None:

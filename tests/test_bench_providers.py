@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fusedres
+from fusedres import backends
 from fusedres.bench import Workload, build, default_names, providers
 from fusedres.bench.networks import BLOCKS
 from fusedres.bench.providers import Way
@@ -190,3 +192,35 @@ def test_providers_on_a_gpu_compute_the_same(training: bool) -> None:
         torch.testing.assert_close(
             provider.output[0].double(), truth.output[0], rtol=2e-2, atol=2e-2
         )
+
+
+def test_only_ours_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfused: list[torch.nn.Module] = []
+    monkeypatch.setattr(providers, "unfuse_in_place", unfused.append)
+    models = {name: build(name, SMALL).model for name in ("eager", "eager-nchw", "fusedres")}
+    assert unfused == [models["eager"], models["eager-nchw"]]
+
+
+def test_backend_plan_and_layout_are_those_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build("fusedres-reference", SMALL).backend == "reference"
+    weights = {n: build(n, SMALL).model.layer1[0].conv2.weight for n in ("eager", "eager-nchw")}
+    assert weights["eager-nchw"].is_contiguous()
+    assert weights["eager"].is_contiguous(memory_format=torch.channels_last)
+    asked = []
+
+    def use_plan(name: str) -> contextlib.AbstractContextManager[None]:
+        asked.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(backends, "use_plan", use_plan)
+    build("fusedres-reference-split", SMALL).run()
+    assert set(asked) == {"split"}
+
+
+def test_gradients_do_not_pile_up() -> None:
+    provider = build("eager", BLOCK)
+    provider.run()
+    first = [leaf.grad.clone() for leaf in provider.leaves]
+    provider.run()
+    for leaf, grad in zip(provider.leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)

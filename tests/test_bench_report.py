@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from fusedres.bench import judging, report, roofline
+from fusedres.bench.report import figures
 from fusedres.bench.rows import Row
+from fusedres.training.figures import new_figure
 
 pytest.importorskip("matplotlib")
 
@@ -217,7 +219,7 @@ def test_devices_do_not_mix() -> None:
 
 @pytest.mark.parametrize("made", [report.tables, report.page])
 def test_of_a_cpu_only_ratios(made: Any) -> None:
-    text = made(on_cpu())
+    text = re.sub(r' (d|points|transform|x|y|width|height)="[^"]*"', "", made(on_cpu()))
     assert not re.search(r"777[1-5]|7,77[1-5]", text) and "1.60" in text
     assert not re.search(r"(>|\| |: )(ms|host ms|img/s|GB/s|TFLOP/s)( \||<)", text)
 
@@ -285,6 +287,12 @@ def test_a_suspect_without_another_to_be_held_against() -> None:
     assert judging.suspect({"section": "train", "name": "a", "dtype": "int8"}, []) == ""
 
 
+def test_others_groups_are_no_measure() -> None:
+    ours = network("fusedres-cuda", 0.5, max_error=0.09)
+    other = network("eager", 1.0, "infer", batch=1, max_error=1e-9)
+    assert judging.suspect(ours, [other, ours]) == ""
+
+
 def test_suspects_are_marked_and_never_the_fastest() -> None:
     bad = network("fusedres-triton", 0.25, max_error=3.1, grad_error=0.33)
     rows = [*on_gpu(), bad, layer("fusedres-triton", 0.1, max_error=math.inf)]
@@ -333,6 +341,33 @@ def test_readme_tables() -> None:
     assert "CPU with 2 threads; torch 2.13.0; float32" in cpu
     for found in (cpu, gpu):
         assert "measured side by side in one run." in found
+
+
+def test_a_row_of_another_dtype_fills_no_cell() -> None:
+    rows = [network("eager", 1.0), network("fusedres-cuda", 0.1, dtype="float32")]
+    line = cells(report.readme_tables(rows), "training, batch 256, bfloat16")
+    assert line["fusedres"] == "not measured" and line["eager"].startswith("1.00x")
+
+
+def test_what_figures_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    panels: list[Any] = []
+    groups: list[Any] = []
+
+    def roofline_figure(found: Any, *_: Any) -> Any:
+        panels.append(found)
+        return new_figure(1, 1)
+
+    def bars(found: Any, *_: Any) -> Any:
+        groups.extend(found)
+        return new_figure(1, 1)
+
+    monkeypatch.setattr(figures, "roofline", roofline_figure)
+    monkeypatch.setattr(figures, "bars", bars)
+    report.page(on_gpu())
+    points = [point for found in panels for of in found.values() for point in of]
+    assert points and all(point.intensity == pytest.approx(150) for point in points)
+    memory = [bar for _, of in groups for bar in of if "GiB" in bar.text]
+    assert {round(bar.value, 4) for bar in memory} == {1.0, round(7.25 / 12, 4)}
 
 
 def test_readme_tables_before_anything_was_measured_on_a_gpu() -> None:

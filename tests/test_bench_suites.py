@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from fusedres import backends
-from fusedres.bench import roofline
+from fusedres.bench import networks, ops, profile, roofline
 from fusedres.bench.convolutions import DIRECTIONS, Site, conv_cases
 from fusedres.bench.judging import suspect
 from fusedres.bench.light import PASSES, light_cases
-from fusedres.bench.measure import Ceilings, Job, Setting, largest_error
+from fusedres.bench.measure import Ceilings, Job, Setting, largest_error, run_job
 from fusedres.bench.networks import measure_network
 from fusedres.bench.ops import OpCase, measure_op, op_job
 from fusedres.bench.profile import profile_step
@@ -150,16 +151,14 @@ def test_a_wrong_backward_shows_in_a_blocks_gradients(monkeypatch: pytest.Monkey
 @NEEDS_CPP
 def test_a_slow_kernel_is_caught_by_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     case = small_pass("bn_act_fwd, residual")
-    calm = setting(rounds=9, seconds=2e-2)
+    calm = setting(rounds=5, seconds=5e-3)
     before = [m.row for m in measure_op(case, calm)]
     kernels = backends.kernels("cpp", "bn_act")
     right = kernels.bn_act_fwd
 
     def slow(*args: Any) -> Any:
-        start = time.perf_counter()
-        out = right(*args)
-        time.sleep(4 * (time.perf_counter() - start))
-        return out
+        time.sleep(0.02)  # far beyond any mood of the machine
+        return right(*args)
 
     monkeypatch.setattr(kernels, "bn_act_fwd", slow)
     after = [m.row for m in measure_op(case, calm)]
@@ -190,6 +189,76 @@ def test_one_that_fails_costs_the_others_nothing() -> None:
     assert rows["fusedres-broken"]["error"] == "ValueError: no such kernel"
     assert rows["fusedres-later"]["error"] == "RuntimeError: out of registers"
     assert "ms" not in rows["fusedres-broken"] and rows["eager"]["ms"] > 0
+
+
+def test_a_job_that_fails_as_a_whole_names_everyone() -> None:
+    def fails(_: Setting) -> list[Any]:
+        raise OSError("no memory")
+
+    job = Job({"section": "conv_bn"}, "", ("fusedres-triton, split", "eager"), fails)
+    ours, eager = (m.row for m in run_job(job, setting()))
+    assert (ours["name"], ours["plan"]) == ("fusedres-triton", "split")
+    assert (eager["name"], eager["plan"], eager["error"]) == ("eager", None, "OSError: no memory")
+
+
+@NEEDS_CPP
+def test_what_torch_has_not_is_held_to_a_copy() -> None:
+    rows = [m.row for m in measure_op(small_pass("bn_act_bwd"), setting())]
+    assert [row["name"] for row in rows] == ["fusedres-cpp", "copy"]
+    assert {row["against"] for row in rows} == {"copy"}
+
+
+def test_a_copy_moves_as_many_bytes_and_inputs_exceed_the_cache() -> None:
+    case = small_pass("add_relu_fwd")
+    (pair,) = ops._pairs(case, 1, CPU)
+    assert sum(t.numel() for t in pair.values()) == case.bytes
+    made = []
+
+    def inputs(seed: int) -> Any:
+        made.append(seed)
+        return case.inputs(seed)
+
+    # two of the three tensors that count are inputs: 2/3 of the bytes a set
+    measure_op(replace(case, inputs=inputs), setting(cache=int(case.bytes)))
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_bytes_of_light_passes() -> None:
+    found = light_cases(CPU, torch.float32, (2,), quick=True)
+    cases = {c.fields["case"]: c.bytes for c in found if c.fields["shape"][1] == 64}
+    full = 2 * 64 * 112 * 112 * 4
+    assert cases["bn_act_bwd + batch_norm_bwd"] == 7 * full
+    assert cases["bn_relu_maxpool_fwd"] == full + full // 4
+    assert cases["bn_relu_maxpool_bwd"] == 2 * full + full // 4
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_truth_of_a_layer_is_in_fp64(direction: str) -> None:
+    case = conv_cases(CPU, torch.float32, (1,), (direction,), image=32)[1]
+    assert {t.dtype for t in case.truth(case.inputs(0))} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("direction", "needs"),
+    [("dgrad", (True, False)), ("wgrad", (False, True)), ("bwd", (True, True))],
+)
+def test_the_librarys_convolution_does_the_same_direction(
+    direction: str, needs: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        Site, "_convolution_backward", lambda s, dy, a, t, *needs: asked.append(needs)
+    )
+    case = conv_cases(CPU, torch.float32, (1,), (direction,), image=32)[1]
+    next(c for c in case.candidates if c.name == "convolution").run(case.inputs(0))
+    assert asked == [needs]
+
+
+def test_bytes_of_a_joining_layers_backward() -> None:
+    layer = next(la for la in roofline.layers() if la.name == "layer1.1.conv1")
+    found = Site(layer, 2, torch.bfloat16, CPU).case("dgrad", 1).bytes
+    read_and_written = 2 * 64 + 4 * 256  # g, y; x, a, the shortcut's gradient, what leaves
+    assert found == 2 * 56 * 56 * read_and_written * 2 + 64 * 256 * 2
 
 
 def test_only_wanted_providers_are_measured_beside_eager() -> None:
@@ -232,6 +301,31 @@ def test_a_blocks_work_is_of_its_place() -> None:
     dgrad = (2 * 64 + 2 * 256) + (2 * 64 + 2 * 64) + (2 * 256 + 2 * 64)
     wgrad = (2 * 64 + 256) + (2 * 64 + 64) + (2 * 256 + 64)
     assert eager["bytes"] == 4 * pixels * (forward + dgrad + wgrad + 4 * 256)
+
+
+def test_distances_are_norms_and_what_is_missing_is_infinitely_far() -> None:
+    one = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert networks._distance([one * 1.1], [one]) == pytest.approx(0.1)
+    assert networks._distance([one, one * 1.1], [one, one]) == pytest.approx(0.1 / 2**0.5)
+    assert networks._distance([], [one]) == networks._distance([None], [one]) == math.inf
+    assert networks._distance([one * math.nan], [one]) == math.inf
+
+
+def test_parameters_are_put_back_before_a_provider_is_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = Workload(2, 32, torch.float64, num_classes=10)
+    truth = networks._truth(work)
+    build = networks.build
+
+    def stepped(*args: Any) -> Any:
+        provider = build(*args)
+        provider.run()  # as one in a CUDA graph has
+        return provider
+
+    monkeypatch.setattr(networks, "build", stepped)
+    _, found = networks._judged("eager", work, None, truth, setting())
+    assert found["max_error"] < 1e-12 and found["grad_error"] < 1e-9
 
 
 def test_inference_has_no_gradients() -> None:
@@ -304,9 +398,28 @@ def test_graphs_of_ours_and_of_torch_compile_take_turns(training: bool) -> None:
         assert not suspect(row, rows), row["name"]
 
 
+def test_the_setting_keeps_who_is_wanted() -> None:
+    assert setting_for(CPU, wanted=("x",)).wanted == ("x",)
+    assert setting_for(CPU, wanted=("x",)).chosen(["eager", "x", "y"]) == ["eager", "x"]
+
+
 def test_an_unknown_suite() -> None:
     with pytest.raises(ValueError, match="'speed', accepted: ops, blocks, model"):
         jobs_of("speed", setting_for(CPU), torch.float32)
+
+
+def test_kernels_are_named_the_longest_first() -> None:
+    def event(name: str, own: float, *children: Any) -> Any:
+        return types.SimpleNamespace(name=name, self_cpu_time_total=own, cpu_children=children)
+
+    inner = event("b", 5.0, event("a", 1.0), event("c", 9.0))
+    assert profile._kernels(event("label", 99.0, inner, event("a", 6.0)), False) == ("c", "a", "b")
+
+
+def test_a_weight_counts_in_the_type_it_is_read_in() -> None:
+    weight = torch.ones(2, 2, 1, 1)
+    assert profile._moved({"weight": weight, "packed": weight.bfloat16()}, ()) == 8
+    assert profile._moved({"weight": weight, "packed": None}, (weight, torch.ones(3))) == 16
 
 
 @NEEDS_CPP
@@ -327,5 +440,7 @@ def test_a_profile_names_every_layer_both_ways() -> None:
     assert inner["flops"] == 2 * 2 * 256 * 64 * 256
     assert parts["layer1.1.conv3", "bwd"]["flops"] == 2 * inner["flops"]
     assert parts["conv1", "bwd"]["flops"] == parts["conv1", "fwd"]["flops"]  # no dgrad
-    assert any("convolution" in kernel for kernel in inner["kernels"])
+    assert any("convolution" in kernel for row in rows for kernel in row["kernels"])
+    least = roofline.seconds(inner["flops"], inner["bytes"], *CEILINGS)
+    assert inner["of_roofline"] == pytest.approx(least / inner["ms"] * 1e3)
     assert math.isfinite(inner["of_roofline"])

@@ -13,7 +13,7 @@ from fusedres import _plan_table
 from fusedres.bench.measure import Job
 from fusedres.bench.rows import Row
 from fusedres.bench.tune import decides, entries_from
-from fusedres.bench.verdict import changes, exceeded, read_limits
+from fusedres.bench.verdict import BAD, changes, exceeded, read_limits
 
 
 def row(**fields: Any) -> Row:
@@ -36,6 +36,7 @@ def test_times_on_a_gpu_part_by_more_than_the_margin_or_are_the_same() -> None:
     assert verdict(row(), row(ms=1.12, p20=1.10, p80=1.14), margin=0.2) == "same"
     assert verdict(row(), row(ms=1.5, p20=1.01, p80=2.0)) == "same"  # the ranges touch
     assert verdict(row(), row(ms=0.8, p20=0.79, p80=0.81)) == "faster"
+    assert verdict(row(), row(ms=0.8, p20=0.5, p80=0.99)) == "same"
     assert verdict(row(), row(ms=1.0, ratio=5.0, ratio_p20=4.9, ratio_p80=5.1)) == "same"
 
 
@@ -53,6 +54,7 @@ def test_on_a_cpu_ratios_within_a_run_count_not_the_machines_mood() -> None:
 def test_errors_and_failures_outrank_speed() -> None:
     assert verdict(row(), row(max_error=2e-6)) == "same"  # within the floor of float32
     assert verdict(row(), row(max_error=1e-3, ms=0.5, p20=0.5, p80=0.5)) == "wrong"
+    assert verdict(row(max_error=1e-3), row(max_error=1.9e-3)) == "same"
     assert verdict(row(), row(max_error=math.nan)) == "wrong"
     assert verdict(row(), row(max_error=None)) == "same"
     failed = {k: v for k, v in row().items() if k not in ("ms", "p20", "p80")}
@@ -64,7 +66,8 @@ def test_only_the_same_on_the_same_device_is_compared() -> None:
     other = [row(device="NVIDIA A100"), row(dtype="bfloat16"), row(name="eager"), row(plan="split")]
     with pytest.raises(ValueError, match="no row in common"):
         changes([row()], other)
-    found = changes([row(), row(name="copy")], [row(name="copy"), *other, row()])
+    others = [row(name="copy"), row(section="ceilings", name="matmul")]
+    found = changes([row(), *others], [*others, *other, row()])
     assert [c.what for c in found] == ["light, bn_act_fwd, 2x64x8x8, float32, fusedres-cuda"]
 
 
@@ -75,6 +78,10 @@ def test_who_is_gone_from_a_job_that_ran_is_missed() -> None:
         ("missing", "fusedres-cuda"),
         ("same", "eager"),
     ]
+
+
+def test_a_missing_row_is_as_bad_as_a_slow_one() -> None:
+    assert BAD == ("failed", "missing", "wrong", "slower")
 
 
 def test_gradients_that_became_wrong_are_wrong() -> None:
@@ -172,6 +179,12 @@ def test_between_sizes_with_different_winners_lies_a_border() -> None:
     border = round(math.sqrt(4 * 56 * 56 * 64 * 56 * 56))
     assert (first["plan"], first["rows"]) == ("split", [56 * 56 // 4, border])
     assert (second["plan"], second["rows"]) == ("fused", [border + 1, None])
+
+
+def test_pixels_are_those_of_the_output() -> None:
+    strided = [r | {"shape": [8, 56, 64, 256, 1, 2]} for r in both(8, 1.0, 2.0)]
+    (entry,) = entries_from(strided)
+    assert entry["rows"] == [8 * 28 * 28 // 4, None] and entry["stride"] == [2, 2]
 
 
 def test_what_failed_or_is_no_number_is_no_reason() -> None:

@@ -49,6 +49,33 @@ def plan(dtype: torch.dtype = torch.bfloat16, rows: int | None = None, **changes
     return plan_of(Choice("triton", asked, ""), dtype, weight, conv, shape)
 
 
+def test_the_users_entries_come_first_and_a_reload_sees_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = Shape(64, 256, (1, 1), (1, 1))
+    config = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+    shipped = [ENTRY | {"plan": "split", "configs": {"fwd": config}}]
+    user = [ENTRY | {"plan": "fused"}]
+    monkeypatch.setattr(_plan_table, "shipped_entries", lambda: shipped)
+    monkeypatch.setattr(_plan_table, "user_entries", lambda: user)
+    _plan_table.reload()
+    try:
+        found = lookup("cpu", torch.bfloat16, shape)
+        # the plan of the user's, the configurations that only the shipped one has
+        assert found is not None and found["plan"] == "fused"
+        assert found["configs"] == {"fwd": config}
+        assert _plan_table.light("cpu", "bn_act", torch.bfloat16) == ()
+        light = {"device": "cpu", "dtype": "bfloat16", "op": "bn_act", "backend": "cpp"}
+        user[:] = [light | {"bytes": [0, None]}]
+        _plan_table.reload()
+        assert _plan_table.light("cpu", "bn_act", torch.bfloat16) == ((0, None, "cpp"),)
+        found = lookup("cpu", torch.bfloat16, shape)
+        assert found is not None and found["plan"] == "split"
+    finally:
+        monkeypatch.undo()
+        _plan_table.reload()
+
+
 def test_the_shipped_table_is_well_formed() -> None:
     _plan_table._read.cache_clear()
     assert isinstance(_plan_table.entries(), list)
