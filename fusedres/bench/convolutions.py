@@ -24,10 +24,11 @@ from torch import Tensor
 
 from fusedres import backends
 from fusedres._conv import Conv
-from fusedres._tensors import per_channel, stat_dtype
+from fusedres._tensors import stat_dtype
 from fusedres.bench import roofline
+from fusedres.bench.light import norm_gradient, sums_of
 from fusedres.bench.measure import own_backends
-from fusedres.bench.ops import Candidate, Inputs, OpCase
+from fusedres.bench.ops import Candidate, Inputs, OpCase, wide
 from fusedres.bench.roofline import Layer
 
 aten = torch.ops.aten
@@ -175,18 +176,17 @@ class Site:
         a = t["a"] = self._activation(t)  # ours read it where it was emitted, eager always
         # y as the convolution left it; running statistics to be moved
         y = self._convolve(a, t["packed"])
-        wide = y.to(stat)
-        mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+        in_stat = y.to(stat)
+        mean, var = in_stat.mean((0, 2, 3)), in_stat.var((0, 2, 3), correction=0)
         rstd = torch.rsqrt(var + EPS)
         bn_weight = vector(k, 0.5, 1.5)
         t |= {"bn_weight": bn_weight, "bn_bias": vector(k, -0.5, 0.5)}
         t |= {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(mean)}
         t |= {"y": y, "y_mean": mean, "y_scale": bn_weight * rstd, "y_rstd": rstd}
         g = full(k, layer.out_size)
-        centred = wide - per_channel(mean)
         t["g"] = g
         t["count"] = torch.tensor([y.numel() // k], dtype=torch.int32, device=self.device)
-        t["sums"] = torch.stack([g.to(stat).sum((0, 2, 3)), (g * centred).sum((0, 2, 3))])
+        t["sums"] = sums_of(g.to(stat), in_stat, mean)
         if self.joins or layer.name == "layer1.0.conv1":
             t["grad_a"] = full(c, layer.size)
         return t
@@ -274,18 +274,16 @@ class Site:
     # --- the truth, in fp64 ---
 
     def _true_forward(self, t: Inputs) -> Results:
-        t = _wide(t)
+        t = wide(t)
         a = self._activation(t)
         y = self._convolve(a, t["packed"])
         rstd = torch.rsqrt(y.var((0, 2, 3), correction=0) + EPS)
         return [y, y.mean((0, 2, 3)), rstd, a]
 
     def _true_backward(self, need_input: bool, need_weight: bool, t: Inputs) -> Results:
-        t = _wide(t)
-        count = t["y"].numel() // t["y"].size(1)
-        centred = t["y"] - per_channel(t["y_mean"])
-        slope = per_channel(t["y_rstd"].square() * t["sums"][1]) * centred
-        dy = per_channel(t["y_scale"]) * (t["g"] - (per_channel(t["sums"][0]) + slope) / count)
+        t = wide(t)
+        own = {name: t[f"y_{name}"] for name in ("mean", "scale", "rstd")} | {"y": t["y"]}
+        dy = norm_gradient(own, t["g"], t["sums"])
         a = t["a"]
         da, dw = self._convolution_backward(dy, a, t, need_input, need_weight)
         found = [dw] * need_weight
@@ -296,9 +294,4 @@ class Site:
         if not self.deferred:
             return [*found, da]
         g = torch.where(a <= 0, 0.0, da)
-        centred = t["x"] - per_channel(t["mean"])
-        return [*found, g, torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))])]
-
-
-def _wide(t: Inputs) -> Inputs:
-    return {name: v.double() if isinstance(v, Tensor) else v for name, v in t.items()}
+        return [*found, g, sums_of(g, t["x"], t["mean"])]

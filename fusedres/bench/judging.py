@@ -14,6 +14,10 @@ from fusedres.bench.rows import Row, group, key
 from fusedres.testing import FACTOR, FLOOR
 
 LARGEST_ALONE = 0.1  # error of a result that has no other to be held against
+# gradients of several layers: where an activation is within rounding of zero ReLU's mask is chance,
+# in every implementation alike
+GRADIENT_FLOOR = 0.1
+ERRORS = {"max_error": "error", "grad_error": "gradient error"}
 _FLOORS = {str(dtype).removeprefix("torch."): floor for dtype, floor in FLOOR.items()}
 
 K = TypeVar("K")
@@ -32,18 +36,21 @@ class Speed(NamedTuple):
         return f"{'' if self.paired else '~'}{self.value:.{digits}f}x"
 
 
+def allowed_error(field: str, peer: float, dtype: str) -> float:
+    """The most that an error, one of ERRORS, may be beside a peer's: FACTOR times as much, plus the
+    FLOOR of its dtype, or GRADIENT_FLOOR.
+    """
+    own = _FLOORS.get(dtype, LARGEST_ALONE)
+    return FACTOR * peer + (GRADIENT_FLOOR if field == "grad_error" else own)
+
+
 def suspect(row: Row, rows: Iterable[Row]) -> str:
     """Why a row's result must be wrong: the error and what would be allowed; "" if nothing is.
 
-    It may be off by FACTOR times as much as the row in `rows` that it is held against, plus the
-    FLOOR of its dtype; where there is none, by LARGEST_ALONE. Gradients of several layers may be
-    off by LARGEST_ALONE more: where an activation is within rounding of zero ReLU's mask is chance,
-    in every implementation alike.
+    It is held against its anchor in `rows`; where there is none, it may be off by LARGEST_ALONE.
     """
     base = _anchor(row, rows)
-    floors = (_FLOORS.get(str(row.get("dtype")), LARGEST_ALONE), LARGEST_ALONE)
-    fields = (("max_error", "error"), ("grad_error", "gradient error"))
-    for (field, what), floor in zip(fields, floors, strict=True):
+    for field, what in ERRORS.items():
         value, peer = row.get(field), base.get(field) if base else None
         if not isinstance(value, int | float):
             continue
@@ -51,7 +58,7 @@ def suspect(row: Row, rows: Iterable[Row]) -> str:
             return f"{what} {value:.1e}"
         allowed = LARGEST_ALONE
         if isinstance(peer, int | float) and math.isfinite(peer):
-            allowed = FACTOR * peer + floor
+            allowed = allowed_error(field, peer, str(row.get("dtype")))
         if value > allowed:
             return f"{what} {value:.1e} (allowed: {allowed:.1e})"
     return ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedres import backends
 from fusedres._tensors import per_channel, stat_dtype
 from fusedres.bench.measure import own_backends
-from fusedres.bench.ops import Candidate, OpCase
+from fusedres.bench.ops import Candidate, Inputs, OpCase, wide
 from fusedres.models import FusedResNet50
 from fusedres.native import _pack
 from fusedres.reference.bn_act import bn_act as plain_bn_act
@@ -25,7 +25,6 @@ WINDOW = (3, 2, 1)
 EPS = 1e-5
 
 Results = Sequence[Tensor]
-Inputs = dict[str, Any]
 
 
 @dataclass
@@ -87,11 +86,6 @@ class Make:
         made = {"mean": self.vector(), "var": var, "rstd": rstd, "weight": weight}
         made |= {"scale": weight * rstd, "bias": self.vector()}
         return {name + suffix: v for name, v in made.items()}
-
-
-def wide(t: Inputs) -> Inputs:
-    """In fp64."""
-    return {k: v.double() if isinstance(v, Tensor) else v for k, v in t.items()}
 
 
 # --- the passes -----------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ class OpCase:
     truth: Callable[[Inputs], Sequence[Tensor]]
 
 
+def wide(t: Inputs) -> Inputs:
+    """In fp64."""
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in t.items()}
+
+
 @torch.no_grad()
 def measure_op(case: OpCase, setting: Setting) -> list[Measured]:
     """Every candidate, and a copy of as many bytes."""

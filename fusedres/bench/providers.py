@@ -37,7 +37,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fusedres import backends
 from fusedres._tensors import autocast
 from fusedres.bench.harness import captured
-from fusedres.bench.measure import own_backends
+from fusedres.bench.measure import name_of, own_backends
 from fusedres.models import FusedResNet50
 from fusedres.nn import ConvBlock, IdentityBlock, report, unfuse_in_place
 
@@ -81,8 +81,8 @@ class Workload:
     training: bool = True
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"batch {self.batch}, {self.size}x{self.size}, {dtype}, {self.device}"
+        size = f"{self.size}x{self.size}"
+        return f"batch {self.batch}, {size}, {name_of(self.dtype)}, {self.device}"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

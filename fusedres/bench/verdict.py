@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fusedres.bench.judging import LARGEST_ALONE
+from fusedres.bench.judging import ERRORS, allowed_error
 from fusedres.bench.rows import Row, group, key, label
-from fusedres.testing import FACTOR, FLOOR
 
 MARGIN = {"cpu": 0.25, "gpu": 0.10}  # of change that is taken for noise
 VERDICTS = ("failed", "missing", "wrong", "slower", "faster", "same")
@@ -111,11 +108,14 @@ def _unit(row: Row) -> str:
 
 def _worse(old: Row, new: Row) -> str:
     """Which error grew beyond what is allowed; "" if none did."""
-    floor = FLOOR[getattr(torch, new["dtype"])]
-    for field, least in (("max_error", floor), ("grad_error", LARGEST_ALONE)):
+    for field, what in ERRORS.items():
         was, now = old.get(field), new.get(field)
-        if was is not None and now is not None and not now <= FACTOR * was + least:
-            return f"{field.replace('_', ' ')} {now:.1e}, was {was:.1e}"
+        if (
+            was is not None
+            and now is not None
+            and not now <= allowed_error(field, was, new["dtype"])
+        ):
+            return f"{what} {now:.1e}, was {was:.1e}"
     return ""
 
 

@@ -44,44 +44,16 @@ library.define(
 )
 
 
-def _fwd(
-    y: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    momentum_tensor: Tensor | None,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def _fwd(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *norm, backend = args
     kernel = backends.kernels(backend, "batch_norm").batch_norm_fwd
-    running = (running_mean, running_var)
-    norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
-    moves(training, *running)
-    return kernel(y, *norm)
+    return kernel(y, *normalization(*norm))
 
 
-def _act_fwd(
-    y: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    momentum_tensor: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def _act_fwd(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *norm, residual, relu, backend = args
     kernel = backends.kernels(backend, "batch_norm").batch_norm_act_fwd
-    running = (running_mean, running_var)
-    norm = normalization(bn_weight, bn_bias, *running, training, momentum, momentum_tensor, eps)
-    moves(training, *running)
-    out, (mean, _, rstd, scale, bias) = kernel(y, *norm, residual, relu)
+    out, (mean, _, rstd, scale, bias) = kernel(y, *normalization(*norm), residual, relu)
     return out, mean, rstd, scale, bias
 
 
@@ -185,15 +157,14 @@ def normalization(
     momentum_tensor: Tensor | None,
     eps: float,
 ) -> tuple[Any, ...]:
-    """BatchNorm's arguments of a schema as rooms take them: momentum is one argument."""
+    """BatchNorm's arguments of a schema as rooms take them: momentum is one argument. Tells
+    autograd that a kernel is about to move the running statistics in place.
+    """
+    if training:
+        running = (t for t in (running_mean, running_var) if t is not None)
+        torch.autograd.graph.increment_version(list(running))
     amount = momentum if momentum_tensor is None else momentum_tensor
     return bn_weight, bn_bias, running_mean, running_var, training, amount, eps
-
-
-def moves(training: bool, *running: Tensor | None) -> None:
-    """Tells autograd that a kernel is about to move the running statistics in place."""
-    if training:
-        torch.autograd.graph.increment_version([t for t in running if t is not None])
 
 
 def present(gradients: Sequence[Tensor], *types: torch.dtype | None) -> list[Tensor | None]:

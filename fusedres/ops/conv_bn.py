@@ -22,7 +22,6 @@ from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
     dtype_of,
     momentum_arguments,
-    moves,
     normalization,
     present,
     statistics_fake,
@@ -116,7 +115,6 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     o = _Forward(*rest)
     norm = normalization(*o[1:9])
-    moves(o.training, o.running_mean, o.running_var)
     if o.plan == "fused":
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_fwd
         y, statistics, a = kernel(source, weight, conv, o.emit, *norm)

@@ -34,11 +34,11 @@ from fusedres.bench.report.wording import (
     Workload,
     against_of,
     case_of,
-    in_words,
     providers,
     three_figures,
     title_of,
     values_of,
+    workload_in_words,
     workload_of,
 )
 from fusedres.bench.rows import SECTIONS, Row, label
@@ -194,7 +194,7 @@ def model_table(
     for workload in wanted:
         known = len(workload) if workload[3] else 3
         of_it = [row for row in found if workload_of(row)[:known] == workload[:known]]
-        cells = [Cell(in_words(workload))]
+        cells = [Cell(workload_in_words(workload))]
         for pattern in columns.values():
             fitting = [row for row in of_it if re.fullmatch(pattern, label(row))]
             best = here.fastest(fitting)

@@ -17,11 +17,11 @@ from fusedres.bench.report.wording import (
     Workload,
     against_of,
     capital,
-    in_words,
     providers,
     shape_of,
     three_figures,
     values_of,
+    workload_in_words,
     workload_of,
 )
 from fusedres.bench.rows import Row, group, label
@@ -42,7 +42,7 @@ def by_layer(device: Device) -> list[Block]:
     blocks: list[Block] = []
     kinds = by(device.of("conv_bn"), lambda row: (row.get("batch"), row["dtype"]))
     for (batch, dtype), rows in kinds.items():
-        title = in_words(("conv_bn", batch, dtype, ""))
+        title = workload_in_words(("conv_bn", batch, dtype, ""))
         blocks.append(Heading(4, title))
         blocks += _roofline(device, rows, dtype, title)
         notes = _common_notes(rows)
@@ -181,7 +181,7 @@ def time_spent(device: Device) -> list[Block]:
     for (workload, _), rows in sorted(steps.items(), key=lambda step: step[0][1]):
         newest[workload, values_of(rows, "backend")] = rows
     for (workload, backends), rows in newest.items():
-        title = capital(", ".join(p for p in (in_words(workload), backends) if p))
+        title = capital(", ".join(p for p in (workload_in_words(workload), backends) if p))
         rows = sorted(rows, key=lambda row: -(positive(row, "share") or 0))
         layers: dict[str, dict[str, float]] = {}
         for row in rows:

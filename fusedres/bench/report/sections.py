@@ -28,10 +28,10 @@ from fusedres.bench.report.wording import (
     against_of,
     capital,
     case_of,
-    in_words,
     three_figures,
     title_of,
     values_of,
+    workload_in_words,
     workload_of,
 )
 from fusedres.bench.rows import Row, label
@@ -66,7 +66,7 @@ def origin(device: Device) -> Table:
 def in_short(device: Device) -> list[Block]:
     items = []
     for workload, rows in by(device.of("train", "infer"), workload_of).items():
-        items.append(Cell(capital(f"{in_words(workload)}: {_verdict(device, rows)}.")))
+        items.append(Cell(capital(f"{workload_in_words(workload)}: {_verdict(device, rows)}.")))
     wrong = [(row, reason) for row in device.rows if (reason := device.wrong(row))]
     for row, reason in wrong[:8]:
         what = f"{row['section']}, {case_of(row)}, {row['dtype']}, {label(row)}"
@@ -106,12 +106,12 @@ def _verdict(device: Device, rows: Sequence[Row]) -> str:
 def by_provider(device: Device) -> list[Block]:
     blocks: list[Block] = []
     for workload, rows in by(device.of("train", "infer"), workload_of).items():
-        title = capital(in_words(workload))
+        title = capital(workload_in_words(workload))
         blocks += [Heading(4, title), _speeds(device, {"": rows}, title)]
         blocks.append(table_of(device, device.ordered(rows), title, NETWORK))
     keyed = by(device.of("blocks"), lambda r: ("blocks", r.get("batch"), r["dtype"], ""))
     for workload, rows in keyed.items():
-        title = capital(in_words(workload))
+        title = capital(workload_in_words(workload))
         cases = by(rows, case_of)
         blocks += [Heading(4, title), _speeds(device, cases, title)]
         ordered = [row for of_case in cases.values() for row in device.ordered(of_case)]
@@ -155,7 +155,7 @@ def memory(device: Device) -> list[Block]:
             if base
         ]
         if bars:
-            drawn.append((capital(in_words(workload)), bars))
+            drawn.append((capital(workload_in_words(workload)), bars))
     if not drawn:
         return []
     against = against_of(rows)

@@ -36,7 +36,7 @@ def workload_of(row: Row) -> Workload:
     return row["section"], row.get("batch"), row["dtype"], ", ".join(p for p in (size, other) if p)
 
 
-def in_words(workload: Workload) -> str:
+def workload_in_words(workload: Workload) -> str:
     """ "training, batch 256, bfloat16, 224x224", for example."""
     section, batch, dtype, particulars = workload
     parts = (WORK.get(section, section), f"batch {batch}" if batch else "", dtype, particulars)
