@@ -24,12 +24,16 @@ class Conv(NamedTuple):
         top, bottom, left, right = self.padding
         return top == bottom and left == right
 
-    def has_fused_kernel(self, kernel_size: tuple[int, int]) -> bool:
+    def is_pointwise(self, kernel_size: tuple[int, int]) -> bool:
         """Whether it is a matrix product over pixels: 1x1, of stride 1 or 2, not padded, one
         group.
         """
         pointwise = kernel_size == (1, 1) and not any(self.padding) and self.groups == 1
         return pointwise and max(self.stride) <= 2
+
+    def has_fused_kernel(self, kernel_size: tuple[int, int]) -> bool:
+        """Whether conv_bn has a fused plan for it."""
+        return self.is_pointwise(kernel_size)
 
 
 class Source(NamedTuple):
@@ -44,6 +48,19 @@ class Source(NamedTuple):
     res_scale: Tensor | None
     res_bias: Tensor | None
     relu: bool
+
+
+class Upstream(NamedTuple):
+    """What the backward of a convolution with BatchNorm starts from."""
+
+    g: Tensor  # [N, K, OH, OW], the gradient of (y - mean)*scale + bias
+    sums: Tensor  # [2, K]: sum g, sum g*(y - mean), of the masked g
+    y: Tensor  # like g
+    mean: Tensor  # [K], as are the next two
+    scale: Tensor
+    rstd: Tensor
+    bias: Tensor | None  # [K]: g is still to be masked, where relu((y - mean)*scale + bias) is 0
+    training: bool  # else the statistics are frozen: dy = scale*g
 
 
 def output_shape(

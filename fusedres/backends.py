@@ -282,7 +282,7 @@ def plan_of(
     rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
     shape = Shape(weight.size(1), weight.size(0), kernel, conv.stride, rows)
     entry = _plan_table.lookup(_plan_table.device_name(weight.device), dtype, shape) or {}
-    return entry.get("plan") or _likely_plan(dtype)
+    return entry.get("plan") or _likely_plan(dtype, conv.is_pointwise(kernel))
 
 
 def light_backend(
@@ -313,11 +313,13 @@ def way_of(
     return light_backend(choice, "bn_act", weight.device, dtype, size), plan
 
 
-def _likely_plan(dtype: torch.dtype) -> str:
-    """By bytes moved the fused plan; but only where tensor cores serve Triton's products."""
+def _likely_plan(dtype: torch.dtype, pointwise: bool) -> str:
+    """By bytes moved the fused plan; but only where tensor cores serve Triton's products, and for
+    1x1 kernels: a larger one repeats its prologue for every tap, and has to be measured.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     tf32 = dtype == torch.float32 and conv_allows_tf32()
-    return "fused" if half or tf32 else "split"
+    return "fused" if pointwise and (half or tf32) else "split"
 
 
 def backend_for(op: str, x: Tensor) -> str:

@@ -26,8 +26,7 @@ from fusedres.models import resnet
 from fusedres.ops import batch_norm, bn_act
 from fusedres.ops._packed import PackedWeights, packed_weights, packing
 from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
-from fusedres.triton_kernels import _launch
-from fusedres.triton_kernels import conv_bn as host
+from fusedres.triton_kernels import _gemm, _launch
 from fusedres.triton_kernels._launch import Launch
 from fusedres.triton_kernels.batch_norm import batch_norm_fwd
 from fusedres.triton_kernels.bn_relu_maxpool import bn_relu_maxpool_bwd, bn_relu_maxpool_fwd
@@ -82,7 +81,7 @@ def test_a_small_resnet_equals_the_reference(
 @pytest.mark.parametrize("source", SOURCES)
 def test_chunks_of_several_tiles(source: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments and sums merge over the tiles of a program, the last chunk being a short one."""
-    monkeypatch.setattr(host, "MOST_PARTIALS", 2)
+    monkeypatch.setattr(_gemm, "MOST_PARTIALS", 2)
     chain = Chain(source, (3, 6, 11, 9), 5, stride=stride, emit=stride == 1 or source == "tensor")
     with _launch.recording() as launches:
         check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")

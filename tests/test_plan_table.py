@@ -164,15 +164,15 @@ def test_a_backend_without_a_fused_plan_raises() -> None:
 
 def test_an_entry_configures_kernels(table: Callable[..., None]) -> None:
     pytest.importorskip("triton")
-    from fusedres.triton_kernels._configs import Config, config_of
+    from fusedres.triton_kernels._configs import Config, _config_of, config_of
 
     config = {"BM": 64, "BN": 32, "BK": 16, "num_warps": 2, "num_stages": 5}
     table(ENTRY | {"configs": {"dgrad": config}})
-    config_of.cache_clear()
+    _config_of.cache_clear()
     shape = Shape(64, 256, (1, 1), (1, 1), 4096)
     assert config_of("dgrad", "cpu", torch.bfloat16, shape, 0, 90) == Config(**config)
     assert config_of("fwd", "cpu", torch.bfloat16, shape, 0, 90) != Config(**config)
-    config_of.cache_clear()
+    _config_of.cache_clear()
 
 
 @pytest.mark.parametrize(

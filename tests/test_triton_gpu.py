@@ -149,21 +149,15 @@ def test_chunks_of_several_tiles(layer: Layer) -> None:
 
 @pytest.mark.parametrize("kernel", ["fwd", "dgrad", "wgrad"])
 @pytest.mark.parametrize("layer", [LAYERS[2], LAYERS[3], LAYERS[6], LAYERS[12]], ids=str)
-def test_every_configuration(layer: Layer, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_configuration(layer: Layer, kernel: str) -> None:
     """Each candidate against fp64, not only the one that is taken."""
     from fusedres.triton_kernels import _configs
-    from fusedres.triton_kernels import conv_bn as host
 
-    taken = _configs.config_of
     tried = 0
     for config in _configs.candidates(kernel):
-
-        def chosen(name: str, *args: object, config: object = config) -> object:
-            return config if name == kernel else taken(name, *args)
-
-        monkeypatch.setattr(host, "config_of", chosen)
         try:
-            check(layer, torch.bfloat16, "fused")
+            with _configs.trying({kernel: config}):
+                check(layer, torch.bfloat16, "fused")
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise AssertionError(f"{config}: {error}") from error

@@ -25,9 +25,8 @@ import fusedres
 from fusedres import backends
 from fusedres.library import conv_bn as library
 from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres.triton_kernels import _configs, _launch
+from fusedres.triton_kernels import _configs, _gemm, _launch
 from fusedres.triton_kernels import bn_act as bn_act_host
-from fusedres.triton_kernels import conv_bn as conv_bn_host
 from fusedres.triton_kernels._launch import Launch
 
 _TYPES = {
@@ -57,10 +56,10 @@ def dry(target: str = "sm_90", multiprocessors: int = 132) -> Iterator[list[Laun
         mock.patch.dict(backends.BACKENDS, triton=serves_all),
         mock.patch.object(library, "convolution", convolution),
         mock.patch.object(library, "convolution_backward", convolution_backward),
-        mock.patch.object(conv_bn_host, "multiprocessors", lambda device: multiprocessors),
-        mock.patch.object(conv_bn_host, "INTERPRETED", False),
+        mock.patch.object(_gemm, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.object(_gemm, "INTERPRETED", False),
         mock.patch.object(bn_act_host, "INTERPRETED", False),
-        mock.patch.object(conv_bn_host, "arch_of", lambda device: arch),
+        mock.patch.object(_gemm, "arch_of", lambda device: arch),
         fusedres.use_backend("triton"),
         _launch.recording(run=False) as launches,
     ):

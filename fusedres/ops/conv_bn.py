@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedres import backends
-from fusedres._conv import Conv, Source, output_shape
+from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._norm import parameter_gradients
 from fusedres._tensors import memory_format_of
 from fusedres.deferred import Deferred
@@ -142,14 +142,14 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     if tuple(o.y.shape) != out:  # the library would believe it
         raise ValueError(f"conv_bn_bwd: y must have shape {list(out)}, got {list(o.y.shape)}")
     own = (o.y, o.y_mean, o.y_scale, o.y_rstd)
+    up = Upstream(o.g, o.sums, *own, None, o.training)
     needs = (o.need_input, o.need_weight)
     types = (o.bn_weight_dtype, o.bn_bias_dtype)
     outputs: tuple[Tensor | None, ...]
     if o.plan == "fused":
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_bwd
         outputs = kernel(
-            source, weight, operands.weight, conv, o.a, o.g, o.sums, o.grad_a, *own,
-            o.training, *needs, *types,
+            source, weight, operands.weight, conv, o.a, up, o.grad_a, *needs, *types
         )  # fmt: skip
     else:
         apply = backends.kernels(o.backend, "batch_norm").batch_norm_bwd

@@ -7,6 +7,8 @@ hides behind the other's loop.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,9 +43,8 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@cache
 def config_of(
-    kernel: str,  # "fwd", "dgrad", "wgrad"
+    kernel: str,  # "fwd", "dgrad", "wgrad"; "bwd" for the last two in one
     device: str,
     dtype: torch.dtype,
     shape: Shape,
@@ -51,17 +52,45 @@ def config_of(
     arch: int,
 ) -> Config:
     """The configuration of one launch."""
+    tried = _tried.get(kernel)
+    return tried or _config_of(kernel, device, dtype, shape, residual, arch)
+
+
+_tried: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def trying(configs: Mapping[str, Config]) -> Iterator[None]:
+    """Within the block these kernels take these configurations, whatever their shape."""
+    before = dict(_tried)
+    _tried.update(configs)
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(before)
+
+
+@cache
+def _config_of(
+    kernel: str, device: str, dtype: torch.dtype, shape: Shape, residual: int, arch: int
+) -> Config:
     entry: dict[str, Any] = lookup(device, dtype, shape) or {}
     measured = entry.get("configs", {}).get(kernel)
     if measured is not None:
         return Config(**measured)
-    return rule(kernel, dtype.itemsize, shape.in_channels, shape.out_channels, residual, arch)
+    return rule(kernel, dtype.itemsize, shape, residual, arch)
 
 
-def rule(
+def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    """What is taken where nothing was measured."""
+    channels = (shape.in_channels, shape.out_channels)
+    return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
+
+
+def _pointwise_rule(
     kernel: str, itemsize: int, in_channels: int, out_channels: int, residual: int, arch: int
 ) -> Config:
-    """What is taken where nothing was measured."""
     wgmma = 90 <= arch < 120  # or its successor; consumer Blackwell has neither
     depth = 64 if wgmma else 32  # of operands that live in registers, beside the result
     if itemsize == 8:
@@ -90,7 +119,7 @@ def rule(
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
 
 
-def candidates(kernel: str) -> list[Config]:
+def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
     if kernel == "fwd":
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]

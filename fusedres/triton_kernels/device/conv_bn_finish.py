@@ -3,7 +3,7 @@
 Programs [0, tiles of C) add dgrad's partial rows [R, 2 or 3, C] to the sums of the input and of a
 normalised residual; the next ones add wgrad's splits to dw, in the parameter's dtype and strides;
 the last take dweight = S1*rstd and dbias = S0 of the node's own BatchNorm from its upstream sums.
-All in a fixed order. Reads R*3*C + splits*K*C of ACC, writes K*C.
+All in a fixed order. Reads R*3*C + splits*K*R*S*C of ACC, writes K*R*S*C.
 """
 
 import triton
@@ -26,8 +26,8 @@ def conv_bn_finish_kernel(
     part_ptr,  # [rows, 2 or 3, C] ACC
     in_sums_ptr,  # [2, C] ACC
     res_sums_ptr,  # [2, C] ACC
-    dw_part_ptr,  # [splits, K, C] ACC
-    dw_ptr,  # K x C by strides
+    dw_part_ptr,  # [splits, K, R, S, C] ACC
+    dw_ptr,  # [K, C, R, S] by strides
     sums_ptr,  # [2, K] ACC
     rstd_ptr,  # [K] ACC
     dweight_ptr,  # [K]
@@ -36,8 +36,12 @@ def conv_bn_finish_kernel(
     splits,
     C,
     K,
+    taps,  # R*S
+    S,
     dw_stride_k,
     dw_stride_c,
+    dw_stride_r,
+    dw_stride_s,
     sums_programs,
     dw_programs,
     SUMS: tl.constexpr,
@@ -68,12 +72,15 @@ def conv_bn_finish_kernel(
     if DW:
         if (pid >= 0) & (pid < dw_programs):
             at = pid * BW + tl.arange(0, BW)
-            in_dw = at < K * C
+            size = K * taps * C
+            in_dw = at < size
             dw = tl.zeros((BW,), ACC)
             for s in range(0, splits):
-                split = dw_part_ptr + tl.cast(s, tl.int64) * K * C
+                split = dw_part_ptr + tl.cast(s, tl.int64) * size
                 dw += tl.load(split + at, mask=in_dw, other=0.0)
-            place = at // C * dw_stride_k + at % C * dw_stride_c
+            tap = at // C % taps
+            place = at // (C * taps) * dw_stride_k + at % C * dw_stride_c
+            place += tap // S * dw_stride_r + tap % S * dw_stride_s
             tl.store(dw_ptr + place, dw.to(dw_ptr.dtype.element_ty), mask=in_dw)
     pid -= dw_programs
     if DWEIGHT or DBIAS:

@@ -1,0 +1,76 @@
+"""What the hosts of conv_bn's kernels share: their configuration, how a GEMM's rows are divided
+among programs, and what dgrad hands on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fusedres._conv import Conv, Source
+from fusedres._plan_table import Shape, device_name
+from fusedres._tensors import INTERPRETED, conv_allows_tf32, stat_dtype
+from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
+from fusedres.triton_kernels._launch import multiprocessors
+
+
+class Dgrad(NamedTuple):
+    """What a dgrad kernel leaves."""
+
+    g_in: Tensor  # like x
+    part: Tensor | None  # [chunks, 2 or 3, C]: partial rows of the sums, where x is a Deferred's
+    dy: Tensor | None  # like y: what wgrad reads, where it is wanted
+
+
+def shape_of(x: Tensor, weight: Tensor, conv: Conv, m: int) -> Shape:
+    """The convolution as the plan table knows it."""
+    kernel = (weight.size(2), weight.size(3))
+    return Shape(x.size(1), weight.size(0), kernel, conv.stride, m)
+
+
+def config_for(
+    kernel: str, x: Tensor, weight: Tensor, conv: Conv, m: int, residual: int = 0
+) -> Config:
+    """The configuration of a launch over m rows of the output."""
+    shape = shape_of(x, weight, conv, m)
+    return config_of(kernel, device_name(x.device), x.dtype, shape, residual, arch_of(x.device))
+
+
+def residual_kind(source: Source) -> int:
+    """0 none, 1 a tensor, 2 one that is normalised too."""
+    return 2 if source.res_mean is not None else int(source.residual is not None)
+
+
+def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, in the dtype of x's per-channel vectors or another."""
+    return torch.empty(shape, dtype=dtype or stat_dtype(x.dtype), device=x.device)
+
+
+def chunks(m: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Tiles of rows in a chunk, and chunks.
+
+    On HIP a tile each: its barrier orders local memory alone, and a program's tiles meet in global
+    memory.
+    """
+    tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), MOST_PARTIALS))
+    if arch_of(device) == HIP:
+        tiles = 1
+    return tiles, triton.cdiv(m, tiles * config.BM)
+
+
+def splits(m: int, config: Config, programs: int, device: torch.device) -> tuple[int, int]:
+    """Tiles of rows in a split of wgrad, and splits: with `programs` programs to a split, enough to
+    fill the device twice.
+    """
+    wanted = max(1, 2 * multiprocessors(device) // programs)
+    tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), wanted))
+    return tiles, triton.cdiv(m, tiles * config.BM)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products run: as torch's convolutions do."""
+    wide = dtype != torch.float32 or INTERPRETED or not conv_allows_tf32()
+    return "ieee" if wide else "tf32"
