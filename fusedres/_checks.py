@@ -19,7 +19,7 @@ from fusedres._tensors import elements_per_channel, stat_dtype, stored_format
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # names of those that may be None
 OPTIONAL = {"residual", "res_mean", "res_scale", "res_bias", "grad_extra", "a", "grad_a", "res_y"}
-OPTIONAL |= {"out", "own_scale", "own_bias", "mask_bias"}
+OPTIONAL |= {"out", "own_scale", "own_bias", "mask_bias", "y_bias"}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -49,6 +49,11 @@ class Source(NamedTuple):
     res_bias: Tensor | None
     relu: bool
 
+    @classmethod
+    def plain(cls, x: Tensor) -> Source:
+        """A Tensor."""
+        return cls(x, None, None, None, None, None, None, None, False)
+
 
 class Upstream(NamedTuple):
     """What the backward of a convolution with BatchNorm starts from."""

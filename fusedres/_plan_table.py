@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedres._plans import is_plan
+
 PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
@@ -28,7 +30,7 @@ _KERNELS = {"fwd", "dgrad", "wgrad"}
 _LIGHT_OPS = {"batch_norm", "bn_act", "bn_relu_maxpool", "add_relu"}
 _LIGHT_BACKENDS = {"cpp", "cuda", "triton"}
 _LIGHT = {"device", "dtype", "op", "bytes", "backend"}
-_FIELDS = {"BM", "BN", "BK", "num_warps", "num_stages"}
+_FIELDS = {"BM", "BN", "BK", "num_warps", "num_stages"}  # and maybe "programs"
 
 
 class Shape(NamedTuple):
@@ -122,10 +124,12 @@ def check(entry: dict[str, Any]) -> None:
         raise ValueError(f"{PATH}: an entry has {sorted(required)}, and maybe {sorted(optional)}")
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
-    if entry.get("plan", "split") not in ("fused", "split"):
-        raise ValueError(f"{PATH}: plan must be 'fused' or 'split', got {entry['plan']!r}")
+    if not is_plan(entry.get("plan", "split")):
+        raise ValueError(f"{PATH}: plan must be as in _plans, got {entry['plan']!r}")
     configs = entry.get("configs", {})
-    if not set(configs) <= _KERNELS or any(set(c) != _FIELDS for c in configs.values()):
+    if not set(configs) <= _KERNELS or any(
+        set(c) - {"programs"} != _FIELDS for c in configs.values()
+    ):
         raise ValueError(
             f"{PATH}: configs are of {sorted(_KERNELS)} with {sorted(_FIELDS)}, got {configs!r}"
         )

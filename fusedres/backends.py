@@ -23,10 +23,11 @@ from torch import Tensor
 from fusedres import _plan_table
 from fusedres._conv import Conv
 from fusedres._plan_table import Shape
+from fusedres._plans import DATAFLOWS, base_of, is_plan
 from fusedres._tensors import INTERPRETED, conv_allows_tf32
 
 OPS = ("conv_bn", "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
-PLANS = ("auto", "fused", "split")
+PLANS = ("auto", "fused", "epilogue", "split", *DATAFLOWS)  # and what _plans adds to a plan
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Backend:
     devices: tuple[str, ...]  # device types; () means any
     dtypes: tuple[torch.dtype, ...]
     ops: tuple[str, ...]
-    plans: tuple[str, ...]  # of conv_bn
+    plans: tuple[str, ...]  # of conv_bn, as _plans.base_of names them
 
 
 _ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -61,7 +62,7 @@ BACKENDS = {
             ("cpu",) if INTERPRETED else ("cuda",),
             _INTERPRETED_DTYPES if INTERPRETED else _ALL_DTYPES,
             OPS,
-            ("fused", "split"),
+            ("fused", "epilogue", "split"),
         ),
         Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, OPS, ("split",)),
     )
@@ -133,17 +134,24 @@ def use_backend(name: str) -> _Scope:
 
 
 def use_plan(name: str) -> _Scope:
-    """Choose how conv_bn runs within a `with` block: "fused", "split" or "auto" (by the table).
+    """Choose how conv_bn runs within a `with` block.
 
-    "fused" is one kernel for the convolution with its prologue and epilogue, where the backend has
-    one: for 1x1 kernels of stride 1 and 2, without padding and groups. "split", which all other
-    convolutions take, materialises the activation with one light kernel and calls the library's
-    convolution.
+    "auto" leaves it to the table of measurements. "fused" is one kernel for the convolution with
+    its prologue and epilogue, where the backend has one: for convolutions of one group. "split",
+    which all others take, materialises the activation with one light kernel and calls the library's
+    convolution. "epilogue" lies between: a materialised input, statistics and sums in epilogues.
+    These may have options, as in "split+keep"; fusedres/_plans.py explains them.
+
+    Beside these stand dataflows of a whole network: "fused_1x1", "compact", "masks", "merged_1x1",
+    "fused_3x3", "fused_stem", "ideal"; the byte model (`fusedres.bench.roofline`) says what they
+    move.
 
     Raises:
         ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan.
     """
-    return _Scope(_plan_scope, "plan", _checked(name, PLANS, "use_plan: name"))
+    if not is_plan(name):
+        _checked(name, PLANS, "use_plan: name")
+    return _Scope(_plan_scope, "plan", name)
 
 
 def requested_backend() -> str:
@@ -233,7 +241,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
         why = {n: unavailable(n, op, device, dtype) for n in _AUTO_ORDER if op in BACKENDS[n].ops}
         serving = [name for name, reason in why.items() if reason is None]
         light = backend = serving[0] if serving else "reference"
-        if op == "conv_bn" and plan != "split":  # `light` runs what is not fused
+        if op == "conv_bn" and base_of(plan) != "split":  # `light` runs what is not fused
             backend = next((n for n in serving if "fused" in BACKENDS[n].plans), backend)
         passed_over = list(why)
         if serving and op != "conv_bn":  # whose two plans may want two backends
@@ -248,7 +256,8 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
             raise RuntimeError(
                 f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' falls back)"
             )
-    if op == "conv_bn" and plan != "auto" and plan not in BACKENDS[backend].plans:
+    base = "fused" if plan in DATAFLOWS else base_of(plan)
+    if op == "conv_bn" and base != "auto" and base not in BACKENDS[backend].plans:
         because = f" ({reason})" if reason else ""
         raise RuntimeError(
             f"conv_bn: backend {backend!r} has no {plan!r} plan{because}; use_plan('auto')"
@@ -263,7 +272,7 @@ def plan_of(
     conv: Conv,
     out_shape: tuple[int, ...] | None = None,
 ) -> str:
-    """How conv_bn runs one convolution: "fused" or "split".
+    """How conv_bn runs one convolution, as _plans.Plan writes it.
 
     Args:
         choice: what `choose` gave; its plan "auto" leaves the decision to the table and, where that
@@ -274,15 +283,24 @@ def plan_of(
         out_shape: [N, K, OH, OW]; None where it is not known yet: taken as large.
     """
     kernel = (weight.size(2), weight.size(3))
-    fusable = "fused" in BACKENDS[choice.backend].plans and conv.has_fused_kernel(kernel)
-    if choice.plan == "split" or not fusable:
-        return "split"
-    if choice.plan == "fused":
-        return "fused"
-    rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
-    shape = Shape(weight.size(1), weight.size(0), kernel, conv.stride, rows)
-    entry = _plan_table.lookup(_plan_table.device_name(weight.device), dtype, shape) or {}
-    return entry.get("plan") or _likely_plan(dtype, conv.is_pointwise(kernel))
+    pointwise = conv.is_pointwise(kernel)
+    if choice.plan == "auto":
+        rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
+        shape = Shape(weight.size(1), weight.size(0), kernel, conv.stride, rows)
+        entry = _plan_table.lookup(_plan_table.device_name(weight.device), dtype, shape) or {}
+        plan = entry.get("plan") or _likely_plan(dtype, pointwise)
+    elif choice.plan in DATAFLOWS:
+        flow = DATAFLOWS[choice.plan]
+        plan = flow.pointwise if pointwise else flow.spatial
+    else:
+        plan = choice.plan
+    serves = base_of(plan) in BACKENDS[choice.backend].plans and conv.has_fused_kernel(kernel)
+    return plan if serves or base_of(plan) == "split" else "split"
+
+
+def samples_shortcuts(choice: Choice) -> bool:
+    """Whether a strided shortcut is to give no gradient for the pixels that it does not read."""
+    return choice.plan in DATAFLOWS and DATAFLOWS[choice.plan].compact
 
 
 def light_backend(
@@ -307,7 +325,7 @@ def way_of(
 ) -> tuple[str, str]:
     """Backend and plan of one convolution with its BatchNorm; the arguments of `plan_of`."""
     plan = plan_of(choice, dtype, weight, conv, out_shape)
-    if plan == "fused":
+    if base_of(plan) != "split":
         return choice.backend, plan
     size = None if out_shape is None else math.prod(out_shape) * dtype.itemsize
     return light_backend(choice, "bn_act", weight.device, dtype, size), plan

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Deferred:
         relu: whether the activation ends in ReLU.
         sums: [2, C], the carrier of the gradient protocol, written by the op that made y. Its value
             is never read; its *gradient* is (sum g, sum g * (y - mean)).
+        unmasked: [N, C, H, W] without memory of its own, another carrier, of an op that can mask g
+            itself: its gradient is that of relu((y - mean) * scale + bias), not yet masked, while
+            sums' gradient is of the masked one. For who reads that very activation; g then comes
+            along here or along y, or along both.
 
     The gradient that flows along `y` is g = dL/du with u = (y - mean) * scale + bias, not dL/dy: a
     Deferred whose `sums` is set is read through fusedres' ops only, and backward raises where `y`
@@ -44,6 +48,7 @@ class Deferred:
     residual: Tensor | Deferred | None = None
     relu: bool = True
     sums: Tensor | None = field(default=None, repr=False)
+    unmasked: Tensor | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -79,13 +84,21 @@ class Deferred:
         return f"Deferred({about}, residual={kind})"
 
 
+class Sampled(NamedTuple):
+    """An emitted activation of which one strided 1x1 convolution reads a part."""
+
+    value: Tensor  # [N, C, H, W]
+    carrier: Tensor  # [N, C, OH, OW] without memory: its gradient is that of the pixels read
+    stride: tuple[int, int]
+
+
 def _flatten(d: Deferred) -> tuple[list[Any], bool]:
-    return [d.y, d.mean, d.scale, d.bias, d.residual, d.sums], d.relu
+    return [d.y, d.mean, d.scale, d.bias, d.residual, d.sums, d.unmasked], d.relu
 
 
 def _unflatten(children: Iterable[Any], relu: Any) -> Deferred:
-    y, mean, scale, bias, residual, sums = children
-    return Deferred(y, mean, scale, bias, residual, relu, sums)
+    y, mean, scale, bias, residual, sums, unmasked = children
+    return Deferred(y, mean, scale, bias, residual, relu, sums, unmasked)
 
 
 pytree.register_pytree_node(

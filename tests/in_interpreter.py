@@ -21,26 +21,29 @@ from triton_launches import dry, model_step
 
 import fusedres
 from fusedres import use_backend, use_plan
+from fusedres._plans import DATAFLOWS
 from fusedres._tensors import INTERPRETED
 from fusedres.models import resnet
 from fusedres.ops import batch_norm, bn_act
 from fusedres.ops._packed import PackedWeights, packed_weights, packing
 from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
 from fusedres.triton_kernels import _gemm, _launch
-from fusedres.triton_kernels._launch import Launch
 from fusedres.triton_kernels.batch_norm import batch_norm_fwd
 from fusedres.triton_kernels.bn_relu_maxpool import bn_relu_maxpool_bwd, bn_relu_maxpool_fwd
 
 assert INTERPRETED, "run by test_triton.py"
 PLANS = ("fused", "split")
-conv_bn_op = importlib.import_module("fusedres.ops.conv_bn")  # the module, not the function
+conv_bn_op = importlib.import_module("fusedres.ops._conv_bn_ops")
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("variant", ["torchvision", "keras"])
+@pytest.mark.parametrize(
+    ("variant", "plan"),
+    [("keras", "fused"), ("keras", "split"), ("keras", "masks")]
+    + [("torchvision", plan) for plan in (*PLANS, *DATAFLOWS)],
+)
 def test_a_small_resnet_equals_the_reference(
     variant: str, plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,8 +211,8 @@ def test_an_activation_that_rounds_to_zero_masks_its_gradient(plan: str) -> None
     y = torch.randn(2, 6, 4, 4).half().contiguous(memory_format=CHANNELS_LAST)
     g_in, sums, *_ = torch.ops.fusedres.conv_bn_bwd(
         x, *vectors, *(None,) * 4, True, t["w"].detach(), None, (1, 1), (0, 0, 0, 0), (1, 1), 1,
-        None, torch.randn_like(y), torch.zeros(2, 6), None, y, torch.zeros(6), torch.ones(6),
-        torch.ones(6), True, True, True, None, None, "triton", plan,
+        None, None, torch.randn_like(y), torch.zeros(2, 6), None, y, torch.zeros(6), torch.ones(6),
+        torch.ones(6), None, True, True, True, None, None, "triton", plan,
     )  # fmt: skip
     assert not g_in.any() and not sums.any()
 
@@ -222,8 +225,8 @@ def test_sums_are_of_the_rounded_gradient(plan: str) -> None:
     none, y = (None,) * 4, torch.randn(4, 6, 9, 9).half().contiguous(memory_format=CHANNELS_LAST)
     g_in, sums, *_ = torch.ops.fusedres.conv_bn_bwd(
         t["x"].detach(), *vectors, *none, True, t["w"].detach(), None, (1, 1), (0, 0, 0, 0), (1, 1),
-        1, None, torch.randn_like(y), torch.zeros(2, 6), None, y, torch.zeros(6), torch.ones(6),
-        torch.ones(6), True, True, True, None, None, "triton", plan,
+        1, None, None, torch.randn_like(y), torch.zeros(2, 6), None, y, torch.zeros(6),
+        torch.ones(6), torch.ones(6), None, True, True, True, None, None, "triton", plan,
     )  # fmt: skip
     wide, x = g_in.double(), t["x"].detach().double()
     truth = torch.stack([wide.sum((0, 2, 3)), (wide * x).sum((0, 2, 3))])
@@ -308,7 +311,7 @@ class _Seen(TorchDispatchMode):
         name = func.name()
         if name.startswith("fusedres::"):  # below the op: its implementation under this mode
             with self:
-                return getattr(conv_bn_op, name.removeprefix("fusedres::conv_bn"))(*args)
+                return getattr(conv_bn_op, name.removeprefix("fusedres::conv_bn_"))(*args)
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not func.is_view:
             self.ops.append((name, result.numel()))
@@ -332,11 +335,11 @@ def test_no_temporary_the_size_of_an_activation(source: str, emit: bool) -> None
     norm = (torch.ones(k), torch.ones(k), torch.zeros(k), torch.ones(k), True, 0.1, None, 1e-5)
     emit = emit and deferred
     with dry(), _Seen() as seen:
-        y, mean, _, rstd, scale, _, a = conv_bn_op._fwd(*operands, emit, *norm, "triton", "fused")
+        y, mean, _, rstd, scale, _, a, _ = conv_bn_op.fwd(*operands, emit, *norm, "triton", "fused")
         forward, seen.ops = seen.ops, []
-        conv_bn_op._bwd(
-            *operands, a if emit else None, torch.empty_like(y), torch.empty(2, k),
-            torch.empty_like(x) if emit else None, y, mean, scale, rstd, True, True, True,
+        conv_bn_op.bwd(
+            *operands, a if emit else None, None, torch.empty_like(y), torch.empty(2, k),
+            torch.empty_like(x) if emit else None, y, mean, scale, rstd, None, True, True, True,
             torch.float32, torch.float32, "triton", "fused",
         )  # fmt: skip
         backward = seen.ops[2 + emit :]  # without those made for the call
@@ -351,81 +354,7 @@ def test_no_temporary_the_size_of_an_activation(source: str, emit: bool) -> None
     assert sorted(s for _, s in backward if s >= large) == sorted([n * h * w * c, n * h * w * k])
 
 
-# --- bytes ----------------------------------------------------------------------------------------
-
-
-def _moved(launch: Launch) -> float:
-    """Bytes of the activations of a launch, each once; of a strided input the rows read."""
-    v, moved = launch.arguments(), 0.0
-    for name, t in v.items():
-        if isinstance(t, Tensor) and t.dim() == 4 and name not in ("w_ptr", "dw_ptr"):
-            sampled = launch.name.startswith("conv_bn") and name in ("x_ptr", "residual_ptr")
-            share = v["OH"] * v["OW"] / (v["H"] * v["W"]) if sampled else 1.0
-            moved += t.numel() * t.itemsize * share
-    return moved
-
-
-def _stated(launch: Launch) -> float:
-    """Bytes a launch moves by the formula at the head of its kernel."""
-    v = launch.arguments()
-    size = next(t for t in launch.args if isinstance(t, Tensor)).itemsize
-    m, c, k = v.get("M", 0), v.get("C", 0), v.get("K", 0)
-    strided = v.get("H", 1) * v.get("W", 1) / max(1, v.get("OH", 1) * v.get("OW", 1))
-    residual = v.get("RESIDUAL", 0)
-    if launch.name == "conv_bn_fwd_kernel":
-        reads, writes = m * c * (1 + (residual > 0)), m * (k + c * v["EMIT"])
-    elif launch.name == "conv_bn_dgrad_kernel":
-        reads = 2 * m * k + m * c * (
-            v["GRAD_A"] + v["NORM"] * (1 + (v["MASK"] == 1) + (residual == 2))
-        )
-        writes = m * k + m * strided * c
-    elif launch.name == "conv_bn_wgrad_kernel":
-        reads, writes = m * c * (1 + (residual > 0)) + m * k, 0
-    elif launch.name == "bn_act_fwd_kernel":
-        reads, writes = m * c * (1 + (residual > 0)), m * c
-    elif launch.name == "bn_act_bwd_kernel":
-        reads = m * c * (2 + v["EXTRA"] + v["MASK"] + bool(residual))
-        writes = m * c * (v["MASK"] or v["EXTRA"])
-    elif launch.name == "batch_norm_stats_kernel":
-        reads, writes = m * c, 0
-    elif launch.name == "batch_norm_bwd_kernel":
-        reads, writes = 2 * m * c, m * c
-    elif launch.name == "bn_relu_maxpool_fwd_kernel":
-        reads, writes = v["y_ptr"].numel(), m * c
-    elif launch.name == "bn_relu_maxpool_bwd_kernel":
-        pooled = v["y_ptr"].size(0) * v["OH"] * v["OW"] * c
-        reads, writes = v["y_ptr"].numel() + pooled, v["y_ptr"].numel()
-    elif launch.name.startswith("add_relu"):
-        reads, writes = 2 * v["numel"], v["numel"]
-    else:
-        assert launch.name in (
-            "batch_norm_finish_kernel",
-            "conv_bn_finish_kernel",
-            "sum_rows_kernel",
-        )
-        return 0
-    return (reads + writes) * size
-
-
-def test_bytes_of_each_kernel_and_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    """What launches are given is what the heads of the kernels state; a step is the sum of it."""
-    batch = 8
-    with dry() as launches:
-        model_step(batch, 224)
-        x = torch.empty(2, 8, 5, 5, dtype=torch.bfloat16, requires_grad=True)
-        fusedres.add_relu(x, x).backward(x.detach())
-    total: collections.Counter[str] = collections.Counter()
-    for launch in launches:
-        total[launch.name] += _moved(launch)
-        if stated := _stated(launch):
-            assert _moved(launch) == pytest.approx(stated), (launch.name, launch.arguments())
-    with capsys.disabled():
-        print("\nMB an image of a bf16 training step at 224 pixels, by kernel:")
-        for name, moved in total.most_common():
-            if moved:
-                print(f"  {moved / batch / 1e6:6.1f}  {name}")
-        print(f"  {sum(total.values()) / batch / 1e6:6.1f}  in all, without the library's")
-    assert sum(total.values()) / batch < 256e6  # what a change may not undo
+# --- products -------------------------------------------------------------------------------------
 
 
 def test_fp32_products_follow_the_flag_of_convolutions() -> None:

@@ -356,10 +356,11 @@ def test_opcheck(backend: str, plan: str, emit: bool, memory_format: torch.memor
     bn = (torch.rand(6), torch.rand(6), torch.rand(6), torch.rand(6), True, 0.1, None, 1e-5)
     forward = (*source, *conv, emit, *bn, backend, plan)
     torch.library.opcheck(torch.ops.fusedres.conv_bn_fwd, forward)
-    y, mean, _, rstd, scale, _, a = torch.ops.fusedres.conv_bn_fwd(*forward)
+    y, mean, _, rstd, scale, _, a, bits = torch.ops.fusedres.conv_bn_fwd(*forward)
     upstream = (torch.randn_like(y), torch.randn(2, 6), torch.randn_like(x) if emit else None)
     backward = (
-        *source, *conv, a if emit else None, *upstream, y, mean, scale, rstd, True, True, True,
+        *source, *conv, a if a.numel() else None, bits if bits.numel() else None, *upstream,
+        y, mean, scale, rstd, None, True, True, True,
         torch.float32, torch.float16, backend, plan,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedres.conv_bn_bwd, backward)

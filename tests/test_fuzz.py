@@ -102,7 +102,8 @@ def calls(random: random.Random, backend: str) -> Call:
     out = torch.zeros(shape[0], 5, *shape[2:], dtype=dtype).contiguous(memory_format=layout)
     own = [torch.zeros(5, dtype=stat) for _ in range(3)]
     conv_norm = [own[0].clone(), own[1].clone(), torch.zeros(5), torch.ones(5), True, 0.1, None]
-    conv_bwd = [full(), out, torch.zeros(2, 5, dtype=stat), full(), out.clone(), *own, True]
+    conv_bwd = [full(), None, out, torch.zeros(2, 5, dtype=stat), full(), out.clone(), *own]
+    conv_bwd += [None, True]
     names = ("bn_act", "batch_norm", "bn_relu_maxpool", "add_relu")
     bn_act, batch_norm, bn_relu_maxpool, add_relu = (backends.kernels(backend, n) for n in names)
     native: list[Call] = [

@@ -17,7 +17,7 @@ PACKAGE = Path(fusedres.__file__).resolve().parent
 # a module may import what stands below it; a room imports torch, its own files, and the leaf
 # _tensors
 LEVELS = [
-    {"_tensors", "_version", "_C"},
+    {"_tensors", "_plans", "_version", "_C"},
     {"_checks", "_conv", "_norm", "_plan_table"},
     {"reference", "library", "native", "triton_kernels"},
     {"deferred", "backends"},

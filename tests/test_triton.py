@@ -27,13 +27,18 @@ pytestmark = pytest.mark.skipif(
 # light passes that a split plan consists of have their own suites
 ELSE = "triton and not nchw and not gradcheck"
 SUITES = {  # a name: the file, and what of it
-    "in_interpreter, networks": ("in_interpreter", "small_resnet"),
+    "in_interpreter, networks": ("in_interpreter", "small_resnet and (split or fused_1x1)"),
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
+    "in_interpreter_dataflows": ("in_interpreter_dataflows", ""),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
 SLOW = {
+    "in_interpreter, other dataflows": (
+        "in_interpreter",
+        "small_resnet and not (split or fused_1x1)",
+    ),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),

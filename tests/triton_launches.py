@@ -23,7 +23,8 @@ from torch import Tensor
 
 import fusedres
 from fusedres import backends
-from fusedres.library import conv_bn as library
+from fusedres._conv import output_shape
+from fusedres.library import conv_bn as split
 from fusedres.ops import batch_norm, bn_act, conv_bn
 from fusedres.triton_kernels import _configs, _gemm, _launch
 from fusedres.triton_kernels import bn_act as bn_act_host
@@ -38,24 +39,33 @@ _TYPES = {
 
 
 @contextlib.contextmanager
-def dry(target: str = "sm_90", multiprocessors: int = 132) -> Iterator[list[Launch]]:
-    """Records the launches for a target, all dtypes accepted, with nothing computed."""
+def dry(
+    target: str = "sm_90", multiprocessors: int = 132, library: list[float] | None = None
+) -> Iterator[list[Launch]]:
+    """Records the launches for a target, all dtypes accepted, with nothing computed; `library`
+    receives the bytes of activations that each convolution of the library moves.
+    """
+    moved = [] if library is None else library
     arch = int(target.removeprefix("sm_")) if target.startswith("sm_") else _configs.HIP
     serves_all = replace(backends.BACKENDS["triton"], dtypes=tuple(_TYPES))
 
     def convolution(a: Tensor, weight: Tensor, conv: Any, memory_format: Any) -> Tensor:
-        shape = library.output_shape(a.shape, weight.shape, conv)
-        return torch.empty(shape, dtype=a.dtype, memory_format=memory_format)
+        shape = output_shape(a.shape, weight.shape, conv)
+        y = torch.empty(shape, dtype=a.dtype, memory_format=memory_format)
+        moved.append(_read(a, weight, conv) + y.nbytes)
+        return y
 
     def convolution_backward(
         dy: Tensor, a: Tensor, weight: Tensor, conv: Any, need_da: bool, need_dw: bool
     ) -> tuple[Tensor | None, Tensor | None]:
+        moved.append(dy.nbytes + a.nbytes if need_da else 0)
+        moved.append(dy.nbytes + _read(a, weight, conv) if need_dw else 0)
         return torch.empty_like(a) if need_da else None, torch.empty_like(weight)
 
     with (
         mock.patch.dict(backends.BACKENDS, triton=serves_all),
-        mock.patch.object(library, "convolution", convolution),
-        mock.patch.object(library, "convolution_backward", convolution_backward),
+        mock.patch.object(split, "convolution", convolution),
+        mock.patch.object(split, "convolution_backward", convolution_backward),
         mock.patch.object(_gemm, "multiprocessors", lambda device: multiprocessors),
         mock.patch.object(_gemm, "INTERPRETED", False),
         mock.patch.object(bn_act_host, "INTERPRETED", False),
@@ -66,6 +76,12 @@ def dry(target: str = "sm_90", multiprocessors: int = 132) -> Iterator[list[Laun
         backends._choose.cache_clear()
         yield launches
     backends._choose.cache_clear()
+
+
+def _read(a: Tensor, weight: Tensor, conv: Any) -> float:
+    """Bytes of a convolution's input that it reads: of a strided 1x1 one pixel in four."""
+    pixels = conv.stride[0] * conv.stride[1] if weight.shape[2:] == (1, 1) else 1
+    return a.nbytes / pixels
 
 
 def model_step(batch: int, size: int, **options: Any) -> None:

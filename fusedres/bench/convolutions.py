@@ -228,8 +228,9 @@ class Site:
         grad_a = t.get("grad_a") if need_input else None
         stat = t["y_mean"].dtype
         g_in, sums, _, dw, *_ = torch.ops.fusedres.conv_bn_bwd(
-            *source, t["weight"], t["packed"], *self.conv, t["a"] if self.joins else None, t["g"],
-            t["sums"], grad_a, *own, True, need_input, need_weight, stat, stat, backend, plan,
+            *source, t["weight"], t["packed"], *self.conv, t["a"] if self.joins else None, None,
+            t["g"], t["sums"], grad_a, *own, None, True, need_input, need_weight, stat, stat,
+            backend, plan,
         )  # fmt: skip
         found = [g_in, sums] if need_input and self.deferred else [g_in] * need_input
         return [dw] * need_weight + found

@@ -2,10 +2,10 @@
 fused kernel.
 
 Forward materialises the activation with one light pass, calls the convolution, and takes statistics
-with another. Backward re-materialises the activation where it was not emitted (dgrad's mask and
-wgrad read it), turns g into dy with one pass, calls the library's dgrad and wgrad, and finishes
-with one pass that joins the shortcut's gradient, applies ReLU's mask in place and takes the sums of
-the gradient protocol.
+with another. Backward re-materialises the activation where it was neither emitted nor kept (wgrad
+reads it), turns g into dy with one pass, calls the library's dgrad and wgrad, and finishes with one
+pass that joins the shortcut's gradient, applies ReLU's mask in place and takes the sums of the
+gradient protocol; or, where who reads the gradient masks it, takes the sums alone.
 
 Per element of the input 2 reads + 1 write forward; per element of the output 1 read, backward 2
 reads + 1 write; convolutions come on top. `light` is any backend's light passes: the split plan is
@@ -80,44 +80,35 @@ def materialise(light: Any, source: Source) -> Tensor:
     return light.bn_act_fwd(*source)
 
 
-def conv_bn_fwd(
-    light: Any,
-    source: Source,
-    weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
-    conv: Conv,
-    memory_format: torch.memory_format,
-) -> tuple[Tensor, Tensor]:
-    """The materialised activation and the raw convolution output y."""
-    a = materialise(light, source)
-    return a, convolution(a, weight, conv, memory_format)
-
-
 def conv_bn_bwd(
     light: Any,
     dy: Tensor,  # [N, K, OH, OW]
     grad_a: Tensor | None,  # [N, C, H, W], the gradient of the emitted activation
     source: Source,
-    a: Tensor | None,  # the activation, if it was emitted
+    a: Tensor | None,  # the activation, if it was emitted or kept
     weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
     parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
     conv: Conv,
+    from_x: bool,  # the activation follows from x alone
+    unmasked: bool,  # and g_in is to stay as dgrad leaves it; its sums are of what it is masked
     need_input: bool,
     need_weight: bool,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw."""
-    # where it was emitted, a residual may have joined: it is not saved then
-    from_x = a is None and source.residual is None
     if a is None:
         a = materialise(light, source)
     da, dw = convolution_backward(dy, a, weight, conv, need_input, need_weight)
     if dw is not None:
-        dw = torch.empty_like(parameter).copy_(dw) if _differs(dw, parameter) else dw
+        dw = as_stored(dw, parameter)
     if da is None:
         return None, None, None, dw
     da = da.contiguous(memory_format=memory_format)
     if source.mean is None:
         return (da if grad_a is None else da.add_(grad_a)), None, None, dw
+    if unmasked:
+        sums = light.masked_sums(da, source.x, source.mean, source.scale, source.bias)
+        return da, sums, None, dw
     mask = a if source.relu else None
     res_y = source.residual if source.res_mean is not None else None
     affine = (source.scale, source.bias) if from_x else None
@@ -127,5 +118,16 @@ def conv_bn_bwd(
     return g, sums, res_sums, dw
 
 
-def _differs(dw: Tensor, parameter: Tensor) -> bool:
-    return dw.dtype != parameter.dtype or dw.stride() != parameter.stride()
+def spread(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient of every second row or column of x's pixels, with zeros at the others."""
+    full = torch.zeros_like(x)
+    step_h, step_w = (1 if g == e else 2 for g, e in zip(grad.shape[2:], x.shape[2:], strict=True))
+    full[:, :, ::step_h, ::step_w] = grad
+    return full
+
+
+def as_stored(dw: Tensor, parameter: Tensor) -> Tensor:
+    """dw in the parameter's dtype and strides."""
+    if dw.dtype == parameter.dtype and dw.stride() == parameter.stride():
+        return dw
+    return torch.empty_like(parameter).copy_(dw)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ from fusedres.ops._packed import packing
 def as_tensor(x: Tensor | Deferred) -> Tensor:
     """The value of either."""
     return x.value() if isinstance(x, Deferred) else x
+
+
+def as_stored(x: Tensor | Deferred) -> Tensor:
+    """The tensor that is in memory."""
+    return x.y if isinstance(x, Deferred) else x
 
 
 def in_format_of(out: Tensor, x: Tensor | Deferred) -> Tensor:
@@ -161,8 +167,9 @@ class _ResidualBlock(_Block):
     def _forward_fused(self, x: Tensor | Deferred) -> Deferred:
         if isinstance(x, Deferred) and not self._emits():
             x = x.value()
-        h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=True)
-        shortcut: Tensor | Deferred = a
+        sampling: Any = self._sampling(x) or True
+        h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=sampling)
+        shortcut: Any = a
         if self.downsample is not None:
             conv, bn = self.downsample
             shortcut = apply_conv_bn(a, conv, bn, relu=False)  # type: ignore[call-overload]
@@ -175,6 +182,18 @@ class _ResidualBlock(_Block):
                 residual=shortcut if i == self.depth else None,
             )
         return h
+
+    def _sampling(self, x: Tensor | Deferred) -> tuple[int, int] | None:
+        """The stride of a shortcut that is to give no gradient for what it does not read."""
+        if self.downsample is None:
+            return None
+        conv: Any = self.downsample[0]
+        choice = backends.choose("conv_bn", x.device.type, compute_dtype(as_stored(x)))
+        pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+        if not (pointwise and max(conv.stride) == 2 and backends.samples_shortcuts(choice)):
+            return None
+        height, width = conv.stride
+        return height, width
 
     def _emits(self) -> bool:
         """Whether conv1 can write its input's value on the way: 1x1, stride 1."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fusedres.deferred import Deferred
+from fusedres.deferred import Deferred, Sampled
 from fusedres.ops import conv_bn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -74,7 +74,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
 
 @overload
 def apply_conv_bn(
-    input: Tensor | Deferred,
+    input: Tensor | Deferred | Sampled,
     conv: nn.Conv2d,
     bn: nn.BatchNorm2d,
     *,
@@ -87,7 +87,7 @@ def apply_conv_bn(
 
 @overload
 def apply_conv_bn(
-    input: Tensor | Deferred,
+    input: Tensor | Deferred | Sampled,
     conv: nn.Conv2d,
     bn: nn.BatchNorm2d,
     *,
@@ -98,16 +98,29 @@ def apply_conv_bn(
 ) -> tuple[Deferred, Tensor]: ...
 
 
+@overload
 def apply_conv_bn(
-    input: Tensor | Deferred,
+    input: Tensor | Deferred | Sampled,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    *,
+    relu: bool = ...,
+    residual: Tensor | Deferred | None = ...,
+    padding: tuple[int, int, int, int] | None = ...,
+    emit: tuple[int, int],
+) -> tuple[Deferred, Sampled]: ...
+
+
+def apply_conv_bn(
+    input: Tensor | Deferred | Sampled,
     conv: nn.Conv2d,
     bn: nn.BatchNorm2d,
     *,
     relu: bool = True,
     residual: Tensor | Deferred | None = None,
     padding: tuple[int, int, int, int] | None = None,
-    emit: bool = False,
-) -> Deferred | tuple[Deferred, Tensor]:
+    emit: bool | tuple[int, int] = False,
+) -> Deferred | tuple[Deferred, Tensor | Sampled]:
     """conv_bn with the parameters, statistics and mode of two modules, as if called."""
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
@@ -115,24 +128,20 @@ def apply_conv_bn(
         # the cumulative average, without leaving the device
         momentum = 1.0 / (bn.num_batches_tracked + 1).to(torch.float64)
     uses_running = counts or not bn.training
-    result: Any = conv_bn(  # type: ignore[call-overload, misc]
-        input,
-        conv.weight,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if uses_running else None,
-        bn.running_var if uses_running else None,
-        stride=conv.stride,
-        padding=padding_of(conv) if padding is None else padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        training=bn.training or bn.running_mean is None,
-        momentum=momentum,
-        eps=bn.eps,
-        residual=residual,
-        relu=relu,
-        emit=emit,
-    )
+    options: dict[str, Any] = {
+        "stride": conv.stride,
+        "padding": padding_of(conv) if padding is None else padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "training": bn.training or bn.running_mean is None,
+        "momentum": momentum,
+        "eps": bn.eps,
+        "residual": residual,
+        "relu": relu,
+        "emit": emit,
+    }
+    running = (bn.running_mean, bn.running_var) if uses_running else (None, None)
+    result: Any = conv_bn(input, conv.weight, bn.weight, bn.bias, *running, **options)
     if counts and bn.num_batches_tracked is not None:
         with torch.no_grad():
             bn.num_batches_tracked.add_(1)

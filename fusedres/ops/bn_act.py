@@ -188,7 +188,7 @@ def _dense(
 ) -> Deferred:
     mean, scale, bias = (v.contiguous() for v in (d.mean, d.scale, d.bias))
     y = contract.dense(d.y, memory_format)
-    return Deferred(y, mean, scale, bias, r, d.relu, d.sums)
+    return Deferred(y, mean, scale, bias, r, d.relu, d.sums, d.unmasked)
 
 
 def flatten(d: Deferred) -> tuple[Tensor | None, ...]:

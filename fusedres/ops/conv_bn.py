@@ -11,177 +11,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedres import backends
-from fusedres._conv import Conv, Source, Upstream, output_shape
+from fusedres._conv import Conv, output_shape
 from fusedres._norm import parameter_gradients
+from fusedres._plans import base_of, has, without
 from fusedres._tensors import memory_format_of
-from fusedres.deferred import Deferred
+from fusedres.deferred import Deferred, Sampled
 from fusedres.library import conv_bn as split
 from fusedres.ops import _contract as contract
-from fusedres.ops._contract import library
+from fusedres.ops import _conv_bn_ops  # noqa: F401  the registered ops
 from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
     dtype_of,
     momentum_arguments,
-    normalization,
     present,
-    statistics_fake,
     upstream,
 )
 from fusedres.ops.bn_act import flatten, reference_value, settle
 from fusedres.reference.conv_bn import conv_bn as reference_conv_bn
-
-# --- the ops: schema, kernel look-up, fake --------------------------------------------------------
-
-_SOURCE = (
-    "Tensor x, Tensor? mean, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? res_mean,"
-    " Tensor? res_scale, Tensor? res_bias, bool relu"
-)
-# `packed` is the weight in the compute dtype, where it was cast together with others already
-_CONV = "Tensor weight, Tensor? packed, int[2] stride, int[4] padding, int[2] dilation, int groups"
-library.define(
-    f"conv_bn_fwd({_SOURCE}, {_CONV}, bool emit, Tensor? bn_weight, Tensor? bn_bias,"
-    " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum,"
-    " Tensor? momentum_tensor, float eps, str backend, str plan) -> (Tensor y, Tensor y_mean,"
-    " Tensor y_var, Tensor y_rstd, Tensor y_scale, Tensor y_bias, Tensor a)"
-)
-library.define(
-    f"conv_bn_bwd({_SOURCE}, {_CONV}, Tensor? a, Tensor g, Tensor sums, Tensor? grad_a, Tensor y,"
-    " Tensor y_mean, Tensor y_scale, Tensor y_rstd, bool training, bool need_input,"
-    " bool need_weight, ScalarType? bn_weight_dtype, ScalarType? bn_bias_dtype, str backend,"
-    " str plan) -> (Tensor g_in, Tensor in_sums, Tensor res_sums, Tensor dw, Tensor dweight,"
-    " Tensor dbias)"
-)
-
-
-class _Operands(NamedTuple):
-    """What both directions start with."""
-
-    source: Source
-    weight: Tensor
-    packed: Tensor | None
-    conv: Conv
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...]) -> tuple[_Operands, tuple[Any, ...]]:
-        """An op's arguments, in the order of its schema, and what follows these."""
-        source, rest = Source(*args[:9]), args[9:]
-        stride, padding, dilation, groups = rest[2:6]
-        conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-        return cls(source, rest[0], rest[1], conv), rest[6:]
-
-    def cast_weight(self) -> Tensor:
-        """The weight in the compute dtype."""
-        return self.weight.to(self.source.x.dtype) if self.packed is None else self.packed
-
-
-class _Forward(NamedTuple):
-    """What the forward op takes beside its operands."""
-
-    emit: bool
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool
-    momentum: float
-    momentum_tensor: Tensor | None
-    eps: float
-    backend: str
-    plan: str
-
-
-class _Backward(NamedTuple):
-    """What the backward op takes beside its operands."""
-
-    a: Tensor | None
-    g: Tensor
-    sums: Tensor
-    grad_a: Tensor | None
-    y: Tensor
-    y_mean: Tensor
-    y_scale: Tensor
-    y_rstd: Tensor
-    training: bool
-    need_input: bool
-    need_weight: bool
-    bn_weight_dtype: torch.dtype | None
-    bn_bias_dtype: torch.dtype | None
-    backend: str
-    plan: str
-
-
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    operands, rest = _Operands.of(args)
-    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
-    o = _Forward(*rest)
-    norm = normalization(*o[1:9])
-    if o.plan == "fused":
-        kernel = backends.kernels(o.backend, "conv_bn").conv_bn_fwd
-        y, statistics, a = kernel(source, weight, conv, o.emit, *norm)
-    else:
-        memory_format = memory_format_of(source.x)
-        light = backends.kernels(o.backend, "bn_act")
-        a, y = split.conv_bn_fwd(light, source, weight, conv, memory_format)
-        statistics = backends.kernels(o.backend, "batch_norm").batch_norm_fwd(y, *norm)
-    return y, *statistics, a if o.emit else y.new_empty(0)
-
-
-def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands, (emit, *_) = _Operands.of(args)
-    x = operands.source.x
-    shape = output_shape(x.shape, operands.weight.shape, operands.conv)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-    return y, *statistics_fake(y), torch.empty_like(x) if emit else x.new_empty(0)
-
-
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    operands, rest = _Operands.of(args)
-    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
-    o = _Backward(*rest)
-    out = output_shape(source.x.shape, weight.shape, conv)
-    if tuple(o.y.shape) != out:  # the library would believe it
-        raise ValueError(f"conv_bn_bwd: y must have shape {list(out)}, got {list(o.y.shape)}")
-    own = (o.y, o.y_mean, o.y_scale, o.y_rstd)
-    up = Upstream(o.g, o.sums, *own, None, o.training)
-    needs = (o.need_input, o.need_weight)
-    types = (o.bn_weight_dtype, o.bn_bias_dtype)
-    outputs: tuple[Tensor | None, ...]
-    if o.plan == "fused":
-        kernel = backends.kernels(o.backend, "conv_bn").conv_bn_bwd
-        outputs = kernel(
-            source, weight, operands.weight, conv, o.a, up, o.grad_a, *needs, *types
-        )  # fmt: skip
-    else:
-        apply = backends.kernels(o.backend, "batch_norm").batch_norm_bwd
-        dy, *gradients = apply(o.g, *own, o.sums, o.training, *types)
-        light = backends.kernels(o.backend, "bn_act")
-        outputs = split.conv_bn_bwd(
-            light, dy, o.grad_a, source, o.a, weight, operands.weight, conv, *needs,
-            memory_format_of(source.x),
-        )  # fmt: skip
-        outputs += tuple(gradients)
-    return tuple(o.g.new_empty(0) if t is None else t for t in outputs)
-
-
-def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands, rest = _Operands.of(args)
-    x, mean, res_mean = (getattr(operands.source, name) for name in ("x", "mean", "res_mean"))
-    o = _Backward(*rest)
-    none = x.new_empty(0)
-    g_in = torch.empty_like(x) if o.need_input else none
-    sums = none if mean is None or not o.need_input else mean.new_empty(2, mean.size(0))
-    res_sums = none if res_mean is None or not o.need_input else torch.empty_like(sums)
-    dw = torch.empty_like(operands.weight) if o.need_weight else none
-    types = (o.bn_weight_dtype, o.bn_bias_dtype)
-    vectors = (none if t is None else o.y_mean.new_empty(o.y.size(1), dtype=t) for t in types)
-    return g_in, sums, res_sums, dw, *vectors
-
-
-library.impl("conv_bn_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("conv_bn_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::conv_bn_fwd", _fwd_fake)
-torch.library.register_fake("fusedres::conv_bn_bwd", _bwd_fake)
-
 
 # --- autograd -------------------------------------------------------------------------------------
 
@@ -191,6 +37,8 @@ class _Config(NamedTuple):
 
     relu: bool  # of the input
     emit: bool
+    sampled: tuple[int, int] | None  # the stride of the one reader of what is emitted
+    maskable: bool  # what reads the result may leave the mask to us: it has ReLU, no residual
     conv: Conv
     training: bool
     momentum: float | Tensor
@@ -201,12 +49,14 @@ class _Config(NamedTuple):
 
 
 class ConvBNFunction(torch.autograd.Function):
-    """The ten tensors of the input, weight, BatchNorm's four, config -> y, sums, mean, scale, bias,
-    emitted.
+    """The ten tensors of the input, `unmasked` of a Deferred and the carrier of a Sampled, either
+    of which may get the gradient in place of x, weight, BatchNorm's four, config -> y, sums, mean,
+    scale, bias, emitted, `unmasked` of the result, the carrier of the sampled activation.
 
     Saved: the input and its vectors; the activation if and only if it was emitted (the residual is
-    then not saved); a Deferred residual's y and mean; own y, mean, scale, rstd; the weight as the
-    parameter holds it, and its cast only where the casts of a whole model share one buffer.
+    then not saved) or the plan keeps it, its bits if the plan has them; a Deferred residual's y and
+    mean; own y, mean, scale, bias, rstd; the weight as the parameter holds it, and its cast only
+    where the casts of a whole model share one buffer.
     """
 
     @staticmethod
@@ -222,6 +72,8 @@ class ConvBNFunction(torch.autograd.Function):
         res_mean: Tensor | None,
         res_scale: Tensor | None,
         res_bias: Tensor | None,
+        x_unmasked: Tensor | None,
+        x_sampled: Tensor | None,
         weight: Tensor,
         bn_weight: Tensor | None,
         bn_bias: Tensor | None,
@@ -233,7 +85,7 @@ class ConvBNFunction(torch.autograd.Function):
         deferred = x_mean is not None
         source = (x, x_mean, x_scale, x_bias, residual, res_mean, res_scale, res_bias)
         packed = None if config.packed is None else config.packed.get(weight, x.dtype)
-        y, mean, _, rstd, scale, bias, a = torch.ops.fusedres.conv_bn_fwd(
+        y, mean, _, rstd, scale, bias, a, bits = torch.ops.fusedres.conv_bn_fwd(
             *source,
             config.relu,
             weight,
@@ -250,11 +102,15 @@ class ConvBNFunction(torch.autograd.Function):
             config.backend,
             config.plan,
         )
-        emitted = None
+        emitted = sampled = unmasked = None
         if config.emit:
             # of a plain Tensor an alias: its second reader's gradient joins in our dgrad
             emitted = a if deferred else x.view_as(x)
-        saved_a = emitted if deferred else None
+        if config.sampled is not None:
+            sampled = _carrier(x[:, :, :: config.sampled[0], :: config.sampled[1]])
+        if config.maskable:
+            unmasked = _carrier(y)
+        saved_a = a if deferred and (config.emit or has(config.plan, "keep")) else None
         ctx.has_residual = residual is not None
         if saved_a is not None and res_mean is None:
             residual = None
@@ -269,19 +125,23 @@ class ConvBNFunction(torch.autograd.Function):
             res_bias,
             weight,
             saved_a,
+            bits if bits.numel() > 0 else None,
             y,
             mean,
             scale,
+            bias,
             rstd,
             packed,
         )
         constant = [mean, scale, bias]
         if emitted is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[5]):
             constant.append(emitted)  # nothing in front of it wants the gradient
+            constant += [] if sampled is None else [sampled]
         ctx.mark_non_differentiable(*constant)
         ctx.config = config._replace(packed=None)  # freed with what is saved, not with the node
         ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
-        return y, mean.new_empty(2, mean.size(0)), mean, scale, bias, emitted
+        sums = mean.new_empty(2, mean.size(0))
+        return y, sums, mean, scale, bias, emitted, unmasked, sampled
 
     @staticmethod
     @once_differentiable
@@ -293,18 +153,22 @@ class ConvBNFunction(torch.autograd.Function):
         _scale: None,
         _bias: None,
         grad_a: Tensor | None,
+        unmasked: Tensor | None,
+        sampled: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         # as the parameter is stored, whose strides its gradient takes, and the cast beside it
         weight, packed = saved[8], saved[-1]
-        *source, a, y, mean, scale, rstd = contract.stored_alike(*saved[:8], *saved[9:-1])
+        *source, a, bits, y, mean, scale, bias, rstd = contract.stored_alike(
+            *saved[:8], *saved[9:-1]
+        )
         config: _Config = ctx.config
         x, x_mean, _, _, _, res_mean, _, _ = source
-        g, sums = upstream("conv_bn", g, sums, y)
-        if grad_a is not None:
-            grad_a = contract.dense(grad_a, memory_format_of(x))
+        own = (y, mean, scale, bias)
+        g, sums, y_bias = _gradient(g, unmasked, sums, own, config.backend)
+        grad_a = _of_emitted(grad_a, sampled, x, config)
         needs = ctx.needs_input_grad
-        need_input, need_weight = needs[0] or needs[5], needs[10]
+        need_input, need_weight = any(needs[i] for i in (0, 5, 10, 11)), needs[12]
         g_in = in_sums = res_sums = dw = None
         if need_input or need_weight:
             g_in, in_sums, res_sums, dw, *gradients = torch.ops.fusedres.conv_bn_bwd(
@@ -314,6 +178,7 @@ class ConvBNFunction(torch.autograd.Function):
                 packed,
                 *config.conv,
                 a,
+                bits,
                 g,
                 sums,
                 grad_a,
@@ -321,6 +186,7 @@ class ConvBNFunction(torch.autograd.Function):
                 mean,
                 scale,
                 rstd,
+                y_bias,
                 config.training,
                 need_input,
                 need_weight,
@@ -337,13 +203,55 @@ class ConvBNFunction(torch.autograd.Function):
             res_sums = None
         g_in = g_in if need_input else None
         g_residual = g_in if ctx.has_residual else None
+        to_unmasked, to_sampled = has(config.plan, "unmasked"), has(config.plan, "compact")
         return (
-            *(g_in, in_sums, None, None, None),
+            None if to_unmasked or to_sampled else g_in,
+            *(in_sums, None, None, None),
             *(g_residual, res_sums, None, None, None),
+            g_in if to_unmasked else None,
+            g_in if to_sampled else None,
             dw if need_weight else None,
             *gradients,
             *(None, None, None),
         )
+
+
+def _carrier(like: Tensor) -> Tensor:
+    """A tensor of a shape and dtype, and of one element's memory, that a gradient comes along."""
+    return like.new_empty(1, 1, 1, 1).expand(like.shape)
+
+
+def _gradient(
+    g: Tensor | None,
+    unmasked: Tensor | None,
+    sums: Tensor | None,
+    own: tuple[Tensor, Tensor, Tensor, Tensor],  # y, mean, scale, bias
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient that came along either carrier or both, its sums, and the bias if it is still to
+    be masked.
+    """
+    y, mean, scale, bias = own
+    if unmasked is None:
+        return *upstream("conv_bn", g, sums, y), None
+    if g is None:
+        return *upstream("conv_bn", unmasked, sums, y), bias
+    joined = (None,) * 4
+    a = torch.ops.fusedres.bn_act_fwd(y, mean, scale, bias, *joined, True, backend)
+    return *upstream("conv_bn", g + torch.where(a <= 0, 0, unmasked), sums, y), None
+
+
+def _of_emitted(
+    grad_a: Tensor | None, sampled: Tensor | None, x: Tensor, config: _Config
+) -> Tensor | None:
+    """The gradient of what was emitted: of every pixel, or of those that were sampled."""
+    if sampled is not None:
+        sampled = contract.dense(sampled, memory_format_of(x))
+        if grad_a is None and config.conv.stride == (1, 1) and base_of(config.plan) == "fused":
+            return sampled
+        spread = split.spread(sampled, x)
+        grad_a = spread if grad_a is None else grad_a + spread
+    return None if grad_a is None else contract.dense(grad_a, memory_format_of(x))
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -396,7 +304,7 @@ def _check_conv(
 
 @overload
 def conv_bn(
-    input: Tensor | Deferred,
+    input: Tensor | Deferred | Sampled,
     weight: Tensor,
     bn_weight: Tensor | None = ...,
     bn_bias: Tensor | None = ...,
@@ -418,7 +326,7 @@ def conv_bn(
 
 @overload
 def conv_bn(
-    input: Tensor | Deferred,
+    input: Tensor | Deferred | Sampled,
     weight: Tensor,
     bn_weight: Tensor | None = ...,
     bn_bias: Tensor | None = ...,
@@ -438,8 +346,30 @@ def conv_bn(
 ) -> tuple[Deferred, Tensor]: ...
 
 
+@overload
 def conv_bn(
-    input: Tensor | Deferred,
+    input: Tensor | Deferred | Sampled,
+    weight: Tensor,
+    bn_weight: Tensor | None = ...,
+    bn_bias: Tensor | None = ...,
+    running_mean: Tensor | None = ...,
+    running_var: Tensor | None = ...,
+    *,
+    stride: int | tuple[int, int] = ...,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = ...,
+    dilation: int | tuple[int, int] = ...,
+    groups: int = ...,
+    training: bool = ...,
+    momentum: float | Tensor = ...,
+    eps: float = ...,
+    residual: Tensor | Deferred | None = ...,
+    relu: bool = ...,
+    emit: tuple[int, int],
+) -> tuple[Deferred, Sampled]: ...
+
+
+def conv_bn(
+    input: Tensor | Deferred | Sampled,
     weight: Tensor,
     bn_weight: Tensor | None = None,
     bn_bias: Tensor | None = None,
@@ -455,8 +385,8 @@ def conv_bn(
     eps: float = 1e-5,
     residual: Tensor | Deferred | None = None,
     relu: bool = True,
-    emit: bool = False,
-) -> Deferred | tuple[Deferred, Tensor]:
+    emit: bool | tuple[int, int] = False,
+) -> Deferred | tuple[Deferred, Tensor | Sampled]:
     """Convolution of an activation and the BatchNorm of its output, deferred.
 
     The input's own normalisation, residual add and ReLU run on the way in, the statistics of the
@@ -464,8 +394,8 @@ def conv_bn(
     what the Deferred stands for is computed by whatever reads it.
 
     Args:
-        input: Tensor [N, C, H, W], or a Deferred of that shape; fp32, fp16, bf16 or fp64. Where
-            autocast is on, its dtype is used and weight is cast on the way.
+        input: Tensor [N, C, H, W], or a Deferred of that shape, or a Sampled; fp32, fp16, bf16 or
+            fp64. Where autocast is on, its dtype is used and weight is cast on the way.
         weight: [K, C / groups, R, S]; without autocast of the input's dtype.
         bn_weight, bn_bias: [K], any floating dtype; None stands for ones and zeros.
         running_mean, running_var: [K], moved in place by `momentum` if training; read if not.
@@ -479,10 +409,14 @@ def conv_bn(
             Deferred without ReLU and without a residual of its own.
         relu: whether the activation that the result stands for ends in ReLU.
         emit: also return the input's value, which a shortcut reads; for a Deferred only with a 1x1
-            kernel, stride 1 and no padding, where one kernel can write it exactly once.
+            kernel, stride 1 and no padding, where one kernel can write it exactly once. The stride
+            (1 or 2 each) of the one 1x1 convolution that reads it, instead of True: returns a
+            Sampled, which that convolution takes as its input, so that no gradient is made for the
+            pixels between.
 
     Returns:
-        Deferred over y [N, K, OH, OW]; with `emit` the pair (Deferred, input's value [N, C, H, W]).
+        Deferred over y [N, K, OH, OW]; with `emit` the pair (Deferred, input's value [N, C, H, W],
+        or a Sampled that holds it).
         Both in the input's memory format (channels_last on a GPU).
 
     Raises:
@@ -490,13 +424,17 @@ def conv_bn(
             kernel larger than the padded input; one value per channel in training.
         RuntimeError: the backend or plan asked for by name cannot serve these tensors.
     """
-    op = "conv_bn"
+    op, source = "conv_bn", input if isinstance(input, Sampled) else None
+    if isinstance(input, Sampled):
+        input = input.value
     if isinstance(input, Deferred):
         contract.check_deferred(op, "input", input)
         x = input.y
     else:
         x = contract.check_tensor(op, "input", input)
     weight, conv = _check_conv(op, x, weight, stride, padding, dilation, groups)
+    if source is not None:
+        _check_sampled(op, source, weight, conv)
     bn = contract.check_batch_norm(
         op,
         x,
@@ -513,6 +451,11 @@ def conv_bn(
     pointwise = (
         tuple(weight.shape[2:]) == (1, 1) and conv.stride == (1, 1) and not any(conv.padding)
     )
+    sampled = None
+    if isinstance(emit, tuple):
+        sampled, emit = contract.check_pair(op, "emit", emit, 1), True
+        if max(sampled) > 2:
+            raise ValueError(f"{op}: emit must be True, False or strides of 1 and 2, got {sampled}")
     if contract.check_bool(op, "emit", emit) and isinstance(input, Deferred) and not pointwise:
         raise ValueError(
             f"{op}: emit of a Deferred needs a 1x1 kernel, stride 1 and no padding, got kernel "
@@ -545,18 +488,55 @@ def conv_bn(
                 input, weight, *conv, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                 bn.training, bn.eps,
             )  # fmt: skip
-            sums, emitted = None, input
+            sums, emitted, unmasked = None, input, None
+            carrier = input if sampled is None else input[:, :, :: sampled[0], :: sampled[1]]
             contract.update_running(bn, mean, var, y)
         else:
-            tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
             backend, plan = backends.way_of(choice, dtype, weight, conv, shape)
+            carriers, plan = _carriers(input, source, emit, backend, plan)
+            tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
+            maskable = relu and residual is None and backend in _MASKING
             config = _Config(
-                isinstance(input, Deferred) and input.relu, emit, conv, bn.training, bn.momentum,
-                bn.eps, backend, plan,
-                packed_weights(),
+                isinstance(input, Deferred) and input.relu, emit, sampled, maskable, conv,
+                bn.training, bn.momentum, bn.eps, backend, plan, packed_weights(),
             )  # fmt: skip
-            y, sums, mean, scale, bias, emitted = ConvBNFunction.apply(
-                *tensors, weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, config
-            )
-    result = Deferred(y, mean, scale, bias, residual, relu, sums)
+            y, sums, mean, scale, bias, emitted, unmasked, carrier = ConvBNFunction.apply(
+                *tensors, *carriers, weight, bn.weight, bn.bias, bn.running_mean, bn.running_var,
+                config,
+            )  # fmt: skip
+    result = Deferred(y, mean, scale, bias, residual, relu, sums, unmasked)
+    if sampled is not None:
+        return result, Sampled(emitted, carrier, sampled)
     return (result, emitted) if emit else result
+
+
+_MASKING = ("cuda", "triton")  # backends whose backward can mask the gradient that it gets
+
+
+def _carriers(
+    input: Tensor | Deferred, sampled: Sampled | None, emit: bool, backend: str, plan: str
+) -> tuple[tuple[Tensor | None, Tensor | None], str]:
+    """The carriers along which the input's gradient goes instead of along its own tensor, and the
+    plan that says so.
+    """
+    if sampled is not None:
+        return (None, sampled.carrier), f"{plan}+compact"
+    plain = not isinstance(input, Deferred) or input.residual is not None or emit
+    if plain:  # kept beside what is emitted, or with a residual, it would be read as that
+        return (None, None), without(plan, "keep")
+    assert isinstance(input, Deferred)
+    hands_over = base_of(plan) == "split" and backend in _MASKING
+    if hands_over and input.relu and input.unmasked is not None:
+        return (input.unmasked, None), f"{plan}+unmasked"
+    return (None, None), plan
+
+
+def _check_sampled(op: str, sampled: Sampled, weight: Tensor, conv: Conv) -> None:
+    """What takes a Sampled reads just the pixels that its gradient is there for."""
+    pointwise = tuple(weight.shape[2:]) == (1, 1) and not any(conv.padding) and conv.groups == 1
+    if not pointwise or conv.stride != sampled.stride:
+        raise ValueError(
+            f"{op}: input is sampled by stride {list(sampled.stride)}: it needs a 1x1 kernel of "
+            f"this stride, one group and no padding, got kernel {list(weight.shape[2:])}, stride "
+            f"{list(conv.stride)}, padding {list(conv.padding)}, groups {conv.groups}"
+        )

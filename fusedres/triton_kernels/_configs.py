@@ -30,6 +30,7 @@ class Config:
     BK: int
     num_warps: int
     num_stages: int
+    programs: int = 0  # on a multiprocessor, of a persistent grid; 0: it is not
 
 
 @cache

@@ -49,13 +49,22 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or stat_dtype(x.dtype), device=x.device)
 
 
-def chunks(m: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """Tiles of rows in a chunk, and chunks.
+def sampling(grad: Tensor, x: Tensor) -> tuple[int, int]:
+    """(GH, GW): grad is there for every GH-th row of x's pixels and every GW-th column."""
+    return tuple(1 if g == e else 2 for g, e in zip(grad.shape[2:], x.shape[2:], strict=True))  # type: ignore[return-value]
+
+
+def chunks(m: int, config: Config, device: torch.device, across: int = 1) -> tuple[int, int]:
+    """Tiles of rows in a chunk, and chunks, each of them `across` programs: as many as may leave a
+    partial row or, if the grid is persistent, as run at once.
 
     On HIP a tile each: its barrier orders local memory alone, and a program's tiles meet in global
     memory.
     """
-    tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), MOST_PARTIALS))
+    most = MOST_PARTIALS
+    if config.programs:
+        most = min(most, max(1, config.programs * multiprocessors(device) // across))
+    tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), most))
     if arch_of(device) == HIP:
         tiles = 1
     return tiles, triton.cdiv(m, tiles * config.BM)

@@ -111,6 +111,18 @@ def _run(
     _compiled[key] = kernel[grid](*args, **options)
 
 
+_turns = [1]  # of what kernels go by; a list, so that a test can hold it still
+
+
+def turn() -> int:
+    """0 and 1 in turns: the direction in which the next kernel goes over its rows.
+
+    No result depends on it, so threads may share the counter.
+    """
+    _turns[0] ^= 1
+    return _turns[0]
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs a device runs at once, if each fills a multiprocessor."""

@@ -14,9 +14,10 @@ from fusedres.triton_kernels._gemm import (
     empty,
     precision,
     residual_kind,
+    sampling,
     splits,
 )
-from fusedres.triton_kernels._launch import launch
+from fusedres.triton_kernels._launch import launch, turn
 from fusedres.triton_kernels.device.conv_bn_dgrad import conv_bn_dgrad_kernel
 from fusedres.triton_kernels.device.conv_bn_fwd import conv_bn_fwd_kernel
 from fusedres.triton_kernels.device.conv_bn_wgrad import conv_bn_wgrad_kernel
@@ -24,25 +25,28 @@ from fusedres.triton_kernels.device.conv_bn_wgrad import conv_bn_wgrad_kernel
 
 def fwd(
     source: Source,  # x [N, C, H, W]
-    weight: Tensor,  # [K, C, 1, 1], contiguous
+    weight: Tensor,  # [K, C, 1, 1]
     conv: Conv,
     y: Tensor,  # [N, K, OH, OW], written
     a: Tensor | None,  # like x: receives the activation
     stats: bool,
+    bits: Tensor | None = None,  # [N*H*W, C/8] uint8: receives where `a` lets a gradient through
 ) -> tuple[Tensor | None, int]:
     """Partial moments [chunks, 2, K] of y if stats, and the rows that each of them is of."""
     x, outs, channels, m = source.x, weight.size(0), source.x.size(1), rows(y)
     residual = residual_kind(source)
     config = config_for("fwd", x, weight, conv, m, residual)
-    tiles, parts = chunks(m, config, x.device)
+    across = triton.cdiv(outs, config.BN)
+    tiles, parts = chunks(m, config, x.device, across)
     part = vectors(y, parts, 2) if stats else None
     launch(
         conv_bn_fwd_kernel,
-        (triton.cdiv(outs, config.BN) * parts,),
+        (across * parts,),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
-        source.res_scale, source.res_bias, weight, y, a, part,
+        source.res_scale, source.res_bias, weight.contiguous(), y, a, bits, part,
         m, channels, outs, x.size(2), x.size(3), y.size(2), y.size(3), tiles,
-        *conv.stride, source.mean is not None, residual, source.relu, a is not None, stats,
+        turn(), *conv.stride, source.mean is not None, residual, source.relu, a is not None,
+        bits is not None, stats,
         tiles > 1, precision(x.dtype), acc(x.dtype), channels % config.BK == 0,
         config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
@@ -55,27 +59,36 @@ def dgrad(
     up: Upstream,
     source: Source,  # x [N, C, H, W]
     a: Tensor | None,  # like x: the activation, if it was emitted
-    grad_a: Tensor | None,  # like x: the gradient of the emitted activation
-    weight: Tensor,  # [K, C, 1, 1], contiguous
+    grad_a: Tensor | None,  # of the emitted activation: like x, or compact
+    weight: Tensor,  # [K, C, 1, 1]
     conv: Conv,
     need_dy: bool,
+    bits: Tensor | None = None,  # [N*H*W, C/8] uint8: where the activation lets a gradient through
+    compact: bool = False,  # g_in is [N, C, OH, OW], of the pixels that the convolution reads
 ) -> Dgrad:
     """g_in, its partial sums, and dy."""
     x, y, channels, outs = source.x, up.y, source.x.size(1), weight.size(0)
     m, norm, kind = rows(y), source.mean is not None, residual_kind(source)
-    mask = 0 if not (norm and source.relu) else 2 if a is None else 1
+    mask = 0 if not (norm and source.relu) else 3 if bits is not None else 2 if a is None else 1
+    masked = up.bias is not None
     config = config_for("dgrad", x, weight, conv, m, kind)
-    tiles, parts = chunks(m, config, x.device)
+    across = triton.cdiv(channels, config.BN)
+    tiles, parts = chunks(m, config, x.device, across)
     g_in, dy = like(x), like(y) if need_dy else None
+    if compact:  # as a convolution of stride 1 of those pixels
+        x, conv = x[:, :, :: conv.stride[0], :: conv.stride[1]], conv._replace(stride=(1, 1))
+        g_in = like(x)
     part = empty(x, parts, 3 if kind == 2 else 2, channels) if norm else None
     launch(
         conv_bn_dgrad_kernel,
-        (triton.cdiv(channels, config.BN) * parts,),
-        up.g, y if up.training else None, up.mean, up.scale, up.rstd, up.sums, weight, grad_a, a,
-        x if norm else None, source.mean, source.scale,
-        source.bias, source.residual, source.res_mean, source.res_scale, source.res_bias,
+        (across * parts,),
+        up.g, y if up.training or masked else None, up.mean, up.scale, up.rstd, up.bias, up.sums,
+        weight.contiguous(), grad_a, a if mask == 1 else None, bits,
+        x if norm else None, source.mean, source.scale, source.bias,
+        source.residual, source.res_mean, source.res_scale, source.res_bias,
         g_in, dy, part, m, channels, outs, x.size(2), x.size(3), y.size(2), y.size(3), tiles,
-        *conv.stride, up.training, need_dy, grad_a is not None, norm, mask, kind, tiles > 1,
+        *conv.stride, up.training, masked, need_dy, grad_a is not None,
+        *((1, 1) if grad_a is None else sampling(grad_a, x)), norm, mask, kind, tiles > 1,
         precision(x.dtype), acc(x.dtype), outs % config.BK == 0, config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -94,14 +107,14 @@ def wgrad(
     kind = residual_kind(source)
     config = config_for("wgrad", x, weight, conv, m, kind)
     grid = (triton.cdiv(outs, config.BK), triton.cdiv(channels, config.BN))
-    tiles, parts = splits(m, config, grid[0] * grid[1], x.device)
+    _, parts = splits(m, config, grid[0] * grid[1], x.device)
     part = empty(x, parts, outs, channels)
     launch(
         conv_bn_wgrad_kernel,
         (*grid, parts),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
         source.res_scale, source.res_bias, dy, part, m, channels, outs,
-        x.size(2), x.size(3), dy.size(2), dy.size(3), tiles, *conv.stride,
+        x.size(2), x.size(3), dy.size(2), dy.size(3), *conv.stride,
         source.mean is not None, kind, source.relu, precision(x.dtype), acc(x.dtype),
         config.BM, config.BN, config.BK,
         num_warps=config.num_warps,

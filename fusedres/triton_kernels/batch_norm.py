@@ -16,7 +16,15 @@ from fusedres._checks import check_norm, described
 from fusedres._norm import parameter_gradients
 from fusedres.triton_kernels._args import acc, check, like, rows, vectors
 from fusedres.triton_kernels._launch import launch
-from fusedres.triton_kernels.bn_act import WARPS, bn_act_bwd, bn_act_fwd, chunks, second_stage, tile
+from fusedres.triton_kernels.bn_act import (
+    WARPS,
+    bn_act_bwd,
+    bn_act_fwd,
+    chunks,
+    masked_sums,
+    second_stage,
+    tile,
+)
 from fusedres.triton_kernels.device.batch_norm import (
     batch_norm_bwd_kernel,
     batch_norm_finish_kernel,
@@ -176,9 +184,11 @@ def batch_norm_bwd(
     training: bool,
     weight_dtype: torch.dtype | None,  # of the gradients of weight and bias; None: it has none
     bias_dtype: torch.dtype | None,
+    mask_bias: Tensor | None = None,  # [C]: g is yet to be masked by relu, bias included
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dy, dweight, dbias): dy = scale*g + c0 + c1*(y - mean), with c0 = c1 = 0 unless training."""
-    per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
+    per_channel: dict[str, Tensor | None] = {"mean": mean, "scale": scale, "rstd": rstd}
+    per_channel |= {"sums": sums, "mask_bias": mask_bias}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
     dy = like(y)
     count, channels = rows(y), y.size(1)
@@ -192,8 +202,8 @@ def batch_norm_bwd(
     launch(
         batch_norm_bwd_kernel,
         (triton.cdiv(channels, columns) * triton.cdiv(count, block_rows),),
-        *(g, y, mean, scale, rstd, sums, dy, dweight, dbias, count, channels),
-        *(training, acc(y.dtype), even, block_rows, columns),
+        *(g, y, mean, scale, rstd, mask_bias, sums, dy, dweight, dbias, count, channels),
+        *(training, mask_bias is not None, acc(y.dtype), even, block_rows, columns),
         num_warps=WARPS,
     )
     return dy, dweight, dbias
@@ -212,7 +222,13 @@ def batch_norm_act_bwd(
     weight_dtype: torch.dtype | None,  # of dweight; None: there is none
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """(g, dy, dweight, dbias): bn_act_bwd and batch_norm_bwd."""
-    g, sums, _ = bn_act_bwd(grad, None, out, y, mean, None, None)
+    """(g or None, dy, dweight, dbias): bn_act_bwd and batch_norm_bwd.
+
+    Without a residual both passes take the mask from y, and g is never written.
+    """
     rest = (training, weight_dtype, bias_dtype)
+    if out is not None and not residual:
+        sums = masked_sums(grad, y, mean, scale, bias)
+        return None, *batch_norm_bwd(grad, y, mean, scale, rstd, sums, *rest, mask_bias=bias)
+    g, sums, _ = bn_act_bwd(grad, None, out, y, mean, None, None)
     return g, *batch_norm_bwd(g, y, mean, scale, rstd, sums, *rest)

@@ -117,33 +117,69 @@ def bn_act_bwd(
     res_y: Tensor | None,  # [N, C, H, W], of a residual that is normalised too
     res_mean: Tensor | None,  # [C]
     out: Tensor | None = None,  # receives g; may be grad
-    affine: tuple[Tensor, Tensor] | None = None,  # scale, bias that `a` follows from: it is read
+    affine: tuple[Tensor, Tensor] | None = None,  # scale, bias: `a` is their round(relu(...)) of y
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(g, sums [2, C], res_sums [2, C] or None).
 
     g is grad itself where there is nothing to change (neither `a` nor `grad_extra`) and no `out`.
+    An activation that follows from y alone is not read, but computed anew.
     """
     if (res_y is None) != (res_mean is None):
         raise ValueError("bn_act_bwd: res_y and res_mean come together")
     full = {"grad": grad, "grad_extra": grad_extra, "a": a, "res_y": res_y, "out": out}
-    check("bn_act_bwd", y, full, {"mean": mean, "res_mean": res_mean})
+    scale, bias = affine or (None, None)
+    per_channel = {"mean": mean, "res_mean": res_mean, "own_scale": scale, "own_bias": bias}
+    check("bn_act_bwd", y, full, per_channel)
     if a is not None or grad_extra is not None:
         g = like(y) if out is None else out
     elif out is None or out is grad:
         g = grad
     else:
         grad = g = out.copy_(grad)
+    mask = 0 if a is None else 1 if affine is None else 2
+    masks = (a if mask == 1 else None, *((scale, bias) if mask == 2 else (None, None)))
+    part = _bwd_part(grad, grad_extra, mask, masks, y, mean, res_y, res_mean, g)
+    return g, *finish_sums(part, y)
+
+
+def masked_sums(
+    grad: Tensor,  # [N, C, H, W]
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+) -> Tensor:
+    """bn_act_bwd's sums [2, C] for a = round(relu((y - mean)*scale + bias)), without g."""
+    check("masked_sums", y, {"grad": grad}, {"mean": mean, "scale": scale, "bias": bias})
+    part = _bwd_part(grad, None, 2, (None, scale, bias), y, mean, None, None, None)
+    return finish_sums(part, y)[0]
+
+
+def _bwd_part(
+    grad: Tensor,
+    grad_extra: Tensor | None,
+    mask: int,
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],  # a; scale, bias
+    y: Tensor,
+    mean: Tensor,
+    res_y: Tensor | None,
+    res_mean: Tensor | None,
+    g: Tensor | None,  # written, unless it is grad and there is nothing to change; None: not wanted
+) -> Tensor:
+    """Partial rows of the sums, after g has been written."""
     count, channels = rows(y), y.size(1)
     block_rows, columns, even = tile(channels, count, y.dtype, LOADS["bn_act_bwd"])
     across = triton.cdiv(channels, columns)
     tiles, parts = chunks(count, block_rows, across)
     part = vectors(y, parts, 2 if res_y is None else 3)
+    a, scale, bias = masks
+    write = g is not None and (mask > 0 or grad_extra is not None)
     launch(
         bn_act_bwd_kernel,
         (across, parts),
-        *(grad, grad_extra, a, y, mean, res_y, res_mean, g, part, count, channels, tiles),
-        *(grad_extra is not None, a is not None, res_y is not None),
+        *(grad, grad_extra, a, y, mean, scale, bias, res_y, res_mean, g if write else None, part),
+        *(count, channels, tiles, grad_extra is not None, mask, write, res_y is not None),
         *(acc(y.dtype), even, block_rows, columns),
         num_warps=WARPS,
     )
-    return g, *finish_sums(part, y)
+    return part

@@ -12,8 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedres._checks import described
+from fusedres._checks import check_dense, described
 from fusedres._conv import Conv, Source, Upstream, output_shape
+from fusedres._plans import Plan
 from fusedres.triton_kernels import _pointwise
 from fusedres.triton_kernels._args import acc, check, like, rows
 from fusedres.triton_kernels._gemm import Dgrad, empty, residual_kind
@@ -33,6 +34,7 @@ def conv_bn_fwd(
     weight: Tensor,  # [K, C, R, S] in x's dtype
     conv: Conv,
     emit: bool,
+    masks: bool,  # keep in bits where what is emitted lets a gradient through, if 8 divides C
     bn_weight: Tensor | None,  # [K]
     bn_bias: Tensor | None,  # [K]
     running_mean: Tensor | None,  # [K], moved in place if training, else read
@@ -40,22 +42,25 @@ def conv_bn_fwd(
     training: bool,
     momentum: float | Tensor,
     eps: float,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each; the activation if emit."""
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each; the activation if emit;
+    its bits [N*H*W, C/8].
+    """
     op = "conv_bn_fwd"
     _check(op, source, weight, conv)
     x, out = source.x, output_shape(source.x.shape, weight.shape, conv)
     if emit and (source.mean is None or conv.stride != (1, 1)):
         raise ValueError(f"{op}: emit needs a Deferred and stride 1, got stride {conv.stride}")
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    a = like(x) if emit else None
-    part, rows_per_part = _launches(weight, conv).fwd(
-        source, weight.contiguous(), conv, y, a, training and rows(y) > 0
-    )
+    a, bits, channels = like(x) if emit else None, None, x.size(1)
+    if emit and masks and channels % 8 == 0:
+        bits = torch.empty(rows(x), channels // 8, dtype=torch.uint8, device=x.device)
+    stats = training and rows(y) > 0
+    part, rows_per_part = _launches(weight, conv).fwd(source, weight, conv, y, a, stats, bits)
     norm = (bn_weight, bn_bias, running_mean, running_var)
     if part is None:
-        return y, batch_norm_fwd(y, *norm, training, momentum, eps), a
-    return y, finish_statistics(part, rows_per_part, y, *norm, momentum, eps), a
+        return y, batch_norm_fwd(y, *norm, training, momentum, eps), a, bits
+    return y, finish_statistics(part, rows_per_part, y, *norm, momentum, eps), a, bits
 
 
 def conv_bn_bwd(
@@ -64,56 +69,72 @@ def conv_bn_bwd(
     parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
     conv: Conv,
     a: Tensor | None,  # like x: the activation, if it was emitted
+    bits: Tensor | None,  # [N*H*W, C/8] uint8, of the activation
     up: Upstream,
-    grad_a: Tensor | None,  # like x: the gradient of the emitted activation
+    grad_a: Tensor | None,  # of the emitted activation: like x, or of every second row and column
+    plan: Plan,
     need_input: bool,
     need_weight: bool,
     weight_dtype: torch.dtype | None,  # of BatchNorm's dweight; None: there is none
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """g_in like x, its sums [2, C], a Deferred residual's sums [2, C], dw, dweight and dbias."""
+    """g_in like x, its sums [2, C], a Deferred residual's sums [2, C], dw, dweight and dbias.
+
+    If the plan is compact, g_in is [N, C, OH, OW].
+    """
     op = "conv_bn_bwd"
     _check(op, source, weight, conv)
-    x, y, channels, outs = source.x, up.y, source.x.size(1), weight.size(0)
-    check(op, x, {"a": a, "grad_a": grad_a}, name="x")
-    own = {"y_mean": up.mean, "y_scale": up.scale, "y_rstd": up.rstd, "sums": up.sums}
-    check(op, y, {"g": up.g}, own)
-    if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
-        raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
-    launches, weight = _launches(weight, conv), weight.contiguous()
-    found = Dgrad(x, None, None)
-    in_sums = res_sums = dw_part = dw = None
-    kind = residual_kind(source)
+    _check_bwd(op, source, weight, conv, a, bits, up, grad_a, plan.compact)
+    launches, found, dw_part = _launches(weight, conv), None, None
     if need_input:
-        found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight)
-        if found.part is not None:
-            in_sums = empty(x, 2, channels)
-            res_sums = empty(x, 2, channels) if kind == 2 else None
-    dy = found.dy
-    if need_weight and dy is None:
-        dy, *_ = batch_norm_bwd(*up[:1], *up[2:6], up.sums, up.training, None, None)
-    if dy is not None:
-        left = source if a is None else Source(a, *(None,) * 7, False)
-        dw_part, dw = launches.wgrad(left, dy, weight, conv), torch.empty_like(parameter)
+        found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight, bits, plan.compact)
+    if need_weight:
+        dy = None if found is None else found.dy
+        if dy is None:
+            own = (up.g, up.y, up.mean, up.scale, up.rstd, up.sums, up.training)
+            dy, *_ = batch_norm_bwd(*own, None, None, mask_bias=up.bias)
+        dw_part = launches.wgrad(source if a is None else Source.plain(a), dy, weight, conv)
+    kind = residual_kind(source)
+    in_sums, res_sums, dw, dweight, dbias = _finish(
+        source.x, found, kind, dw_part, weight, parameter, up, weight_dtype, bias_dtype
+    )
+    return None if found is None else found.g_in, in_sums, res_sums, dw, dweight, dbias
+
+
+def _finish(
+    x: Tensor,  # [N, C, H, W]
+    found: Dgrad | None,
+    kind: int,  # of the residual
+    dw_part: Tensor | None,  # [splits, K, R, S, C]
+    weight: Tensor,  # [K, C, R, S]
+    parameter: Tensor | None,  # like weight: as it is stored
+    up: Upstream,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """The second stage: sums [2, C] of the input and of a Deferred residual, dw, dweight, dbias."""
+    (outs, channels, _, width), taps = weight.shape, weight.size(2) * weight.size(3)
+    part = None if found is None else found.part
+    in_sums = None if part is None else empty(x, 2, channels)
+    res_sums = empty(x, 2, channels) if part is not None and kind == 2 else None
+    dw = None if dw_part is None or parameter is None else torch.empty_like(parameter)
     dweight = None if weight_dtype is None else empty(x, outs, dtype=weight_dtype)
     dbias = None if bias_dtype is None else empty(x, outs, dtype=bias_dtype)
     br, bc, bw = _FINISH
-    taps = weight.size(2) * weight.size(3)
-    sums_programs = triton.cdiv(channels, bc) if in_sums is not None else 0
+    sums_programs = triton.cdiv(channels, bc) if part is not None else 0
     dw_programs = triton.cdiv(outs * taps * channels, bw) if dw is not None else 0
     own_programs = triton.cdiv(outs, bw) if dweight is not None or dbias is not None else 0
     launch(
         conv_bn_finish_kernel,
         (sums_programs + dw_programs + own_programs,),
-        found.part, in_sums, res_sums, dw_part, dw, up.sums, up.rstd, dweight, dbias,
-        0 if found.part is None else found.part.size(0), 0 if dw_part is None else dw_part.size(0),
-        channels, outs, taps, weight.size(3), *((0,) * 4 if dw is None else dw.stride()),
+        part, in_sums, res_sums, dw_part, dw, up.sums, up.rstd, dweight, dbias,
+        0 if part is None else part.size(0), 0 if dw_part is None else dw_part.size(0),
+        channels, outs, taps, width, *((0,) * 4 if dw is None else dw.stride()),
         sums_programs, dw_programs,
-        in_sums is not None, kind, dw is not None, dweight is not None, dbias is not None,
+        part is not None, kind, dw is not None, dweight is not None, dbias is not None,
         acc(x.dtype), br, bc, bw,
     )  # fmt: skip
-    g_in = found.g_in if need_input else None
-    return g_in, in_sums, res_sums, dw, dweight, dbias
+    return in_sums, res_sums, dw, dweight, dbias
 
 
 def _launches(weight: Tensor, conv: Conv) -> ModuleType:
@@ -139,3 +160,45 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
             f"{op}: weight must be {x.dtype} [K, {x.size(1)}, 1, 1] on {x.device}, got "
             f"{described(weight)}"
         )
+
+
+def _check_bwd(
+    op: str,
+    source: Source,
+    weight: Tensor,
+    conv: Conv,
+    a: Tensor | None,
+    bits: Tensor | None,
+    up: Upstream,
+    grad_a: Tensor | None,
+    compact: bool,
+) -> None:
+    x, y = source.x, up.y
+    pointwise = conv.is_pointwise((weight.size(2), weight.size(3)))
+    full = {"a": a, "grad_a": grad_a}
+    if isinstance(grad_a, Tensor) and grad_a.shape != x.shape:
+        full["grad_a"] = None
+        shape = (*x.shape[:2], *grad_a.shape[2:])
+        halves = ({e, -(-e // 2)} for e in x.shape[2:])
+        fits = grad_a.dim() == 4 and all(g in h for g, h in zip(shape[2:], halves, strict=True))
+        if not (pointwise and conv.stride == (1, 1) and fits):
+            raise ValueError(
+                f"{op}: grad_a does not belong to x {list(x.shape)}, got {described(grad_a)}"
+            )
+        check_dense(op, "grad_a", grad_a, shape, x, torch.channels_last)
+    check(op, x, full, name="x")
+    own = {"y_mean": up.mean, "y_scale": up.scale, "y_rstd": up.rstd, "y_bias": up.bias}
+    check(op, y, {"g": up.g}, own | {"sums": up.sums})
+    if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
+        raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
+    if compact and not (pointwise and source.mean is None and grad_a is None):
+        raise ValueError(f"{op}: only a plain 1x1 convolution's gradient can be compact")
+    wanted = (rows(x), x.size(1) // 8)
+    if bits is not None and not (
+        isinstance(bits, Tensor)
+        and (tuple(bits.shape), bits.dtype, bits.device) == (wanted, torch.uint8, x.device)
+        and bits.is_contiguous()
+        and x.size(1) % 8 == 0
+        and pointwise
+    ):
+        raise ValueError(f"{op}: bits must be uint8 {list(wanted)}, got {described(bits)}")

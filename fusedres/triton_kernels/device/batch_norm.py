@@ -12,12 +12,14 @@ as differences from one of them, so that a large mean costs no digits of the var
 Backward: dy = scale*g + c0 + c1*(y - mean), c0 = -scale*S0/M, c1 = -scale*rstd^2*S1/M, both absent
 where statistics are frozen. A program takes one tile of BM rows and BC channels; those of the first
 rows also write dweight = S1*rstd and dbias = S0. Reads g and y, writes dy: 6 bytes per bf16
-element, 4 where frozen. Saved for backward: y, mean, rstd, scale.
+element, 4 where frozen. Where g comes unmasked, y says what ReLU let through. Saved for backward:
+y, mean, rstd, scale.
 """
 
 import triton
 import triton.language as tl
 
+from fusedres.triton_kernels.device.activation import masked, normalized, rounded
 from fusedres.triton_kernels.device.reduction import merge_rows
 
 
@@ -170,6 +172,7 @@ def batch_norm_bwd_kernel(
     mean_ptr,  # [C] ACC, as are the next two
     scale_ptr,
     rstd_ptr,
+    bias_ptr,  # [C] ACC, for MASK
     sums_ptr,  # [2, C] ACC
     dy_ptr,  # [M, C], may be g or y itself
     dweight_ptr,  # [C] of any dtype or None, as is the next
@@ -177,6 +180,7 @@ def batch_norm_bwd_kernel(
     M,
     C,
     TRAINING: tl.constexpr,
+    MASK: tl.constexpr,  # g is still to be masked, by y
     ACC: tl.constexpr,
     EVEN: tl.constexpr,  # BC divides C
     BM: tl.constexpr,
@@ -193,10 +197,17 @@ def batch_norm_bwd_kernel(
     base = row0 * C
     at = local[:, None] * C + cols[None, :]
     scale = tl.load(scale_ptr + cols, mask=inside, other=0.0)
-    dy = tl.load(g_ptr + base + at, mask=mask, other=0.0).to(ACC) * scale[None, :]
-    if TRAINING:
-        y = tl.load(y_ptr + base + at, mask=mask, other=0.0).to(ACC)
+    g = tl.load(g_ptr + base + at, mask=mask, other=0.0).to(ACC)
+    if TRAINING or MASK:
+        stored = tl.load(y_ptr + base + at, mask=mask, other=0.0)
+        y = stored.to(ACC)
         mean = tl.load(mean_ptr + cols, mask=inside, other=0.0)
+    if MASK:
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0)
+        u = normalized(y, mean[None, :], scale[None, :], bias[None, :])
+        g = masked(g, rounded(u, stored))
+    dy = g * scale[None, :]
+    if TRAINING:
         rstd = tl.load(rstd_ptr + cols, mask=inside, other=0.0)
         part = -scale / tl.cast(M, ACC)
         c0 = part * tl.load(sums_ptr + cols, mask=inside, other=0.0)

@@ -10,13 +10,14 @@ caller already holds. Backward: the grid is (tiles of C, chunks of M); a chunk i
 BM rows, summed over the rounded g in registers, a sum for each place of the tile, and folded into
 one partial row at the end; reduction.py's second stage adds the rows. Reads grad [grad_extra] [a]
 y [res_y], writes g (not where it is grad itself): 8 bytes per bf16 element with ReLU, 10 with
-res_y.
+res_y. An activation that follows from y alone is computed again, not read: 6 bytes; and where g is
+not wanted, for who reads grad next masks it himself, only the sums are taken: 4 bytes.
 """
 
 import triton
 import triton.language as tl
 
-from fusedres.triton_kernels.device.activation import masked, normalized, relu
+from fusedres.triton_kernels.device.activation import masked, normalized, relu, rounded
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -76,7 +77,9 @@ def bn_act_bwd_kernel(
     extra_ptr,
     a_ptr,
     y_ptr,  # [M, C]
-    mean_ptr,  # [C] ACC
+    mean_ptr,  # [C] ACC, as are the next two
+    scale_ptr,
+    bias_ptr,
     res_y_ptr,  # [M, C]
     res_mean_ptr,  # [C] ACC
     g_ptr,  # [M, C], may be grad itself
@@ -85,7 +88,8 @@ def bn_act_bwd_kernel(
     C,
     tiles,
     EXTRA: tl.constexpr,
-    MASK: tl.constexpr,  # ReLU is on: a decides
+    MASK: tl.constexpr,  # 0 no ReLU, 1 a decides, 2 y does
+    WRITE: tl.constexpr,  # g
     RESIDUAL: tl.constexpr,  # a third sum, of g*(res_y - res_mean)
     ACC: tl.constexpr,
     EVEN: tl.constexpr,  # BC divides C
@@ -99,6 +103,9 @@ def bn_act_bwd_kernel(
     local = tl.arange(0, BM)
     at = local[:, None] * C + cols[None, :]
     mean = tl.load(mean_ptr + cols, mask=inside, other=0.0)[None, :]
+    if MASK == 2:
+        scale = tl.load(scale_ptr + cols, mask=inside, other=0.0)[None, :]
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0)[None, :]
     if RESIDUAL:
         res_mean = tl.load(res_mean_ptr + cols, mask=inside, other=0.0)[None, :]
     s0 = tl.zeros((BM, BC), ACC)
@@ -112,15 +119,18 @@ def bn_act_bwd_kernel(
             mask = mask & inside[None, :]
         base = row0 * C
         g = tl.load(grad_ptr + base + at, mask=mask, other=0.0).to(ACC)
-        y = tl.load(y_ptr + base + at, mask=mask, other=0.0).to(ACC)
+        stored = tl.load(y_ptr + base + at, mask=mask, other=0.0)
+        y = stored.to(ACC)
         if EXTRA:
             g += tl.load(extra_ptr + base + at, mask=mask, other=0.0).to(ACC)
-        if MASK:
+        if MASK == 1:
             g = masked(g, tl.load(a_ptr + base + at, mask=mask, other=0.0).to(ACC))
-        if EXTRA or MASK:
-            rounded = g.to(g_ptr.dtype.element_ty)
-            tl.store(g_ptr + base + at, rounded, mask=mask)
-            g = rounded.to(ACC)
+        if MASK == 2:
+            g = masked(g, rounded(normalized(y, mean, scale, bias), stored))
+        if EXTRA:
+            g = rounded(g, stored)
+        if WRITE:
+            tl.store(g_ptr + base + at, g.to(g_ptr.dtype.element_ty), mask=mask)
         s0 += g
         s1 += g * (y - mean)  # rows past M: g is 0, y and the mean of a finite column are finite
         if RESIDUAL:

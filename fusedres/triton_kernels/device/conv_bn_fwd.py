@@ -1,6 +1,7 @@
 """conv_bn forward for 1x1 convolutions: y = act(x) @ w^T and the moments of y per channel.
 
     a = act((x - mean)*scale + bias [+ residual])     prologue, rounded to x's dtype; or a = x
+    bits = where a lets a gradient through            one a byte for 8 channels, if asked for
     y = a @ w^T                                       [M, K] from [M, C] and [K, C]
     partial rows of (mean, M2) over the rounded y     epilogue
 
@@ -11,19 +12,19 @@ past M repeat the last one: they cost no mask in the prologue, and are masked at
 the moments.
 
 Bytes, elements a row: reads C of x once a tile of K (from memory once), as many of the residual,
-and w; writes K of y, and C where the activation is emitted, by the first tile of K.
-Saved for backward: x and its vectors, y, the emitted activation.
+and w; writes K of y, and C where the activation is emitted, by the first tile of K; bits are 1/16
+of a bf16 activation. Saved for backward: x and its vectors, y, the emitted activation and its bits.
 """
 
 import triton
 import triton.language as tl
 
-from fusedres.triton_kernels.device.activation import normalized, relu
-from fusedres.triton_kernels.device.conv_bn_rows import input_row
+from fusedres.triton_kernels.device.activation import normalized, packed, relu
+from fusedres.triton_kernels.device.conv_bn_rows import input_row, walked
 from fusedres.triton_kernels.device.reduction import merge_moments, tile_moments
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "tiles"])
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "tiles", "down"])
 def conv_bn_fwd_kernel(
     x_ptr,  # [N*H*W, C]
     mean_ptr,  # [C] ACC, as are the next two
@@ -36,6 +37,7 @@ def conv_bn_fwd_kernel(
     w_ptr,  # [K, C]
     y_ptr,  # [M, K]
     a_ptr,  # [M, C]
+    bits_ptr,  # [M, C/8] uint8
     part_ptr,  # [chunks, 2, K] ACC
     M,
     C,
@@ -45,12 +47,14 @@ def conv_bn_fwd_kernel(
     OH,
     OW,
     tiles,
+    down,
     SH: tl.constexpr,
     SW: tl.constexpr,
     NORM: tl.constexpr,  # the input is a Deferred
     RESIDUAL: tl.constexpr,  # 0 none, 1 a tensor, 2 one that is normalised too
     RELU: tl.constexpr,
     EMIT: tl.constexpr,
+    BITS: tl.constexpr,  # of what is emitted; 8 divides C
     STATS: tl.constexpr,
     LOOP: tl.constexpr,  # tiles > 1
     PRECISION: tl.constexpr,  # of fp32 products: "tf32" or "ieee"
@@ -62,7 +66,7 @@ def conv_bn_fwd_kernel(
 ):
     across = tl.cdiv(K, BN)
     pn = tl.program_id(0) % across
-    chunk = tl.program_id(0) // across
+    chunk = walked(tl.program_id(0) // across, tl.num_programs(0) // across, down)
     cols = pn * BN + tl.arange(0, BN)
     inside = cols < K
     emitted = tl.where(pn == 0, C, 0)  # columns of the activation that this program stores
@@ -116,6 +120,11 @@ def conv_bn_fwd_kernel(
                 x = u.to(x_ptr.dtype.element_ty)
                 if EMIT:
                     tl.store(a_ptr + base + at, x, mask=valid & (ck < emitted)[None, :])
+                if BITS:
+                    byte = k // 8 + tl.arange(0, BK // 8)
+                    b_at = bits_ptr + tl.cast(start, tl.int64) * (C // 8)
+                    b_at += local[:, None] * (C // 8) + byte[None, :]
+                    tl.store(b_at, packed(x), mask=valid & (byte < emitted // 8)[None, :])
             w_at = cols[None, :] * C + ck[:, None]
             if EVEN:
                 w = tl.load(w_ptr + w_at, mask=inside[None, :], other=0.0)

@@ -5,8 +5,9 @@
 The activation is computed again on the way in, or x is one already (emitted, or a plain tensor); dy
 is plain, as dgrad wrote it. The transpose keeps the transformed side on the left, where Hopper's
 tensor cores take it from registers, and dy on the right goes to shared memory untouched. The grid
-is (tiles of K, tiles of C, splits of M); every split writes a partial dw in ACC, and conv_bn_finish
-adds them up in order. Rows past M are zeros on both sides.
+is (tiles of K, tiles of C, splits of M); a split takes every splits-th tile of BM rows, so that all
+programs go over M together, and writes a partial dw in ACC; conv_bn_finish adds them up in order.
+Rows past M are zeros on both sides.
 
 Bytes, elements a row: reads C of x (and of a residual) once a tile of K, K of dy once a tile of C;
 writes splits * K * C of ACC.
@@ -19,7 +20,7 @@ from fusedres.triton_kernels.device.activation import normalized, relu
 from fusedres.triton_kernels.device.conv_bn_rows import input_row
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "tiles"])
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def conv_bn_wgrad_kernel(
     x_ptr,  # [N*H*W, C]
     mean_ptr,  # [C] ACC, as are the next two
@@ -38,7 +39,6 @@ def conv_bn_wgrad_kernel(
     W,
     OH,
     OW,
-    tiles,  # of BM rows in a split
     SH: tl.constexpr,
     SW: tl.constexpr,
     NORM: tl.constexpr,
@@ -64,8 +64,9 @@ def conv_bn_wgrad_kernel(
             res_scale = tl.load(res_scale_ptr + cc, mask=in_c, other=0.0)[:, None]
             res_bias = tl.load(res_bias_ptr + cc, mask=in_c, other=0.0)[:, None]
     acc = tl.zeros((BN, BK), ACC)
-    begin = split * tiles * BM
-    for row0 in range(begin, tl.minimum(begin + tiles * BM, M), BM):
+    tiles = tl.cdiv(M, BM)
+    for i in range(split, tiles, tl.num_programs(2)):
+        row0 = (tiles - 1 - i) * BM  # downwards: dgrad, which wrote dy, ended there
         local = tl.arange(0, BM)
         valid = local < M - row0
         start = input_row(row0, H, W, OH, OW, SH, SW)
