@@ -33,7 +33,8 @@ from fusedres.testing import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
 PROTOCOL = [b for b in BACKENDS if b != "reference"]  # those whose gradients run through sums
-WAYS = [(b, plan) for b in BACKENDS for plan in registry.BACKENDS[b].plans]
+# plans with options, and what lies between these two: test_conv_bn_plans
+WAYS = [(b, p) for b in BACKENDS for p in ("fused", "split") if p in registry.BACKENDS[b].plans]
 PROTOCOL_WAYS = [(b, plan) for b, plan in WAYS if b != "reference"]
 
 

@@ -33,6 +33,7 @@ SLOW = {
     "test_fuzz": ("test_fuzz", "cuda"),
     "test_cuda_gpu": ("test_cuda_gpu", ""),  # what of it needs no device
     "test_conv_bn": ("test_conv_bn", "cuda and not gradcheck and not nchw"),
+    "test_conv_bn_plans": ("test_conv_bn_plans", "cuda"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", "cuda and not gradcheck and not nchw"),
     "test_bn_act": ("test_bn_act", "cuda and not gradcheck and not nchw"),
     "test_batch_norm": ("test_batch_norm", "cuda and not gradcheck and not 2048"),

@@ -41,6 +41,7 @@ SLOW = {
     ),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
+    "test_conv_bn_plans": ("test_conv_bn_plans", "triton"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),
     "test_blocks": ("test_blocks", "triton and not nchw and not hooks"),
 }
