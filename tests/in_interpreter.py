@@ -27,8 +27,10 @@ from fusedres.models import resnet
 from fusedres.ops import batch_norm, bn_act
 from fusedres.ops._packed import PackedWeights, packed_weights, packing
 from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
-from fusedres.triton_kernels import _gemm, _launch
+from fusedres.triton_kernels import _configs, _gemm, _launch
+from fusedres.triton_kernels._configs import Config
 from fusedres.triton_kernels.batch_norm import batch_norm_fwd
+from fusedres.triton_kernels.bn_act import bn_act_bwd, masked_sums
 from fusedres.triton_kernels.bn_relu_maxpool import bn_relu_maxpool_bwd, bn_relu_maxpool_fwd
 
 assert INTERPRETED, "run by test_triton.py"
@@ -215,6 +217,36 @@ def test_an_activation_that_rounds_to_zero_masks_its_gradient(plan: str) -> None
         torch.ones(6), None, True, True, True, None, None, "triton", plan,
     )  # fmt: skip
     assert not g_in.any() and not sums.any()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_gradient_masked_late_is_masked_by_the_rounded_activation(plan: str) -> None:
+    """y is above its mean by less than fp16's smallest number."""
+    y = torch.full((2, 6, 4, 4), 2.0**-14).half().contiguous(memory_format=CHANNELS_LAST)
+    mean, one, zero = torch.full((6,), 2.0**-14 - 2.0**-30), torch.ones(6), torch.zeros(6)
+    assert (y.float() > mean[:, None, None]).all()
+    x, w = torch.randn(2, 8, 4, 4).half().contiguous(memory_format=CHANNELS_LAST), torch.ones(6, 8)
+    g_in, _, _, dw, *_ = torch.ops.fusedres.conv_bn_bwd(
+        x, *(None,) * 7, False, w.half()[:, :, None, None], None, (1, 1), (0, 0, 0, 0), (1, 1), 1,
+        None, None, torch.randn_like(y), torch.zeros(2, 6), None, y, mean, one, one, zero, True,
+        True, True, None, None, "triton", plan,
+    )  # fmt: skip
+    assert not g_in.any() and not dw.any()
+    assert not masked_sums(torch.randn_like(y), y, mean, one, zero).any()
+    g, sums, _ = bn_act_bwd(torch.randn_like(y), None, y, y, mean, None, None, affine=(one, zero))
+    assert not g.any() and not sums.any()
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "dgrad"])
+def test_a_persistent_grid_has_as_many_programs_as_run_at_once(kernel: str) -> None:
+    chain = Chain("deferred_residual", (3, 40, 11, 9), 40, emit=True)
+    config = Config(16, 16, 16, 4, 1, programs=3)
+    with _configs.trying({kernel: config}), _launch.recording() as launches:
+        check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+    name = f"conv_bn_{kernel}_kernel"
+    grids = {launch.grid for launch in launches if launch.name == name}
+    # 2 multiprocessors, 3 programs each, 3 of them side by side; 19 tiles of rows
+    assert grids == {(6,)}
 
 
 @pytest.mark.parametrize("plan", PLANS)

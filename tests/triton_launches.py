@@ -35,6 +35,7 @@ _TYPES = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
 }
 
 
@@ -163,6 +164,8 @@ def main() -> None:
     for target in options.targets:
         with dry(target) as launches:
             model_step(256, 224)
+            with fusedres.use_plan("masks"):
+                model_step(256, 224)
             if target in options.rare:
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
