@@ -84,6 +84,9 @@ def _config_of(
 
 def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """What is taken where nothing was measured."""
+    if shape.kernel != (1, 1) and kernel != "dgrad":
+        return _spatial_rule(kernel, itemsize, shape, residual, arch)
+    kernel = kernel.removesuffix("_plain")  # a padded 1x1 convolution's
     channels = (shape.in_channels, shape.out_channels)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
@@ -117,6 +120,20 @@ def _pointwise_rule(
         return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
     wide = in_channels > 64 and not residual and wgmma
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
+
+
+def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    """Of the implicit GEMMs; "fwd_plain" and "wgrad_plain" have no prologue."""
+    wgmma = 90 <= arch < 120
+    if itemsize == 8:
+        return Config(32, 32, 16, 4, 1)
+    if shape.in_channels % 8 or shape.out_channels % 8:
+        return Config(64, 32, 32, 4, 1)
+    if itemsize == 4:
+        return Config(64, 64, 32, 4, 2)
+    if arch == HIP:
+        return Config(64, 64, 64, 4, 2)
+    return Config(64, 64, 64 if wgmma else 32, 4, 3)
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:

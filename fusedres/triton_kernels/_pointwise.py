@@ -24,7 +24,7 @@ from fusedres.triton_kernels.device.conv_bn_wgrad import conv_bn_wgrad_kernel
 
 def fwd(
     source: Source,  # x [N, C, H, W]
-    weight: Tensor,  # [K, C, 1, 1], contiguous
+    weight: Tensor,  # [K, C, 1, 1]
     conv: Conv,
     y: Tensor,  # [N, K, OH, OW], written
     a: Tensor | None,  # like x: receives the activation
@@ -40,7 +40,7 @@ def fwd(
         conv_bn_fwd_kernel,
         (triton.cdiv(outs, config.BN) * parts,),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
-        source.res_scale, source.res_bias, weight, y, a, part,
+        source.res_scale, source.res_bias, weight.contiguous(), y, a, part,
         m, channels, outs, x.size(2), x.size(3), y.size(2), y.size(3), tiles,
         *conv.stride, source.mean is not None, residual, source.relu, a is not None, stats,
         tiles > 1, precision(x.dtype), acc(x.dtype), channels % config.BK == 0,
@@ -56,7 +56,7 @@ def dgrad(
     source: Source,  # x [N, C, H, W]
     a: Tensor | None,  # like x: the activation, if it was emitted
     grad_a: Tensor | None,  # like x: the gradient of the emitted activation
-    weight: Tensor,  # [K, C, 1, 1], contiguous
+    weight: Tensor,  # [K, C, 1, 1]
     conv: Conv,
     need_dy: bool,
 ) -> Dgrad:
@@ -71,8 +71,8 @@ def dgrad(
     launch(
         conv_bn_dgrad_kernel,
         (triton.cdiv(channels, config.BN) * parts,),
-        up.g, y if up.training else None, up.mean, up.scale, up.rstd, up.sums, weight, grad_a, a,
-        x if norm else None, source.mean, source.scale,
+        up.g, y if up.training else None, up.mean, up.scale, up.rstd, up.sums, weight.contiguous(),
+        grad_a, a, x if norm else None, source.mean, source.scale,
         source.bias, source.residual, source.res_mean, source.res_scale, source.res_bias,
         g_in, dy, part, m, channels, outs, x.size(2), x.size(3), y.size(2), y.size(3), tiles,
         *conv.stride, up.training, need_dy, grad_a is not None, norm, mask, kind, tiles > 1,

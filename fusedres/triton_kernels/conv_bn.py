@@ -1,7 +1,7 @@
 """conv_bn's fused plan: one kernel forward, dgrad, wgrad, and one second stage each way.
 
 Beside the results nothing the size of an activation is allocated but dy, which dgrad hands to
-wgrad. The kernels of 1x1 convolutions are launched by _pointwise.
+wgrad. The kernels of 1x1 convolutions are launched by _pointwise, all others by _spatial.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedres._checks import described
 from fusedres._conv import Conv, Source, Upstream, output_shape
-from fusedres.triton_kernels import _pointwise
+from fusedres.triton_kernels import _pointwise, _spatial
 from fusedres.triton_kernels._args import acc, check, like, rows
 from fusedres.triton_kernels._gemm import Dgrad, empty, residual_kind
 from fusedres.triton_kernels._launch import launch
@@ -45,13 +45,15 @@ def conv_bn_fwd(
     op = "conv_bn_fwd"
     _check(op, source, weight, conv)
     x, out = source.x, output_shape(source.x.shape, weight.shape, conv)
-    if emit and (source.mean is None or conv.stride != (1, 1)):
-        raise ValueError(f"{op}: emit needs a Deferred and stride 1, got stride {conv.stride}")
+    launches = _launches(weight, conv)
+    if emit and (source.mean is None or conv.stride != (1, 1) or launches is not _pointwise):
+        raise ValueError(
+            f"{op}: emit needs a Deferred, a 1x1 kernel, stride 1 and no padding, got kernel "
+            f"{list(weight.shape[2:])} and {conv}"
+        )
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     a = like(x) if emit else None
-    part, rows_per_part = _launches(weight, conv).fwd(
-        source, weight.contiguous(), conv, y, a, training and rows(y) > 0
-    )
+    part, rows_per_part = launches.fwd(source, weight, conv, y, a, training and rows(y) > 0)
     norm = (bn_weight, bn_bias, running_mean, running_var)
     if part is None:
         return y, batch_norm_fwd(y, *norm, training, momentum, eps), a
@@ -80,7 +82,7 @@ def conv_bn_bwd(
     check(op, y, {"g": up.g}, own)
     if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
         raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
-    launches, weight = _launches(weight, conv), weight.contiguous()
+    launches = _launches(weight, conv)
     found = Dgrad(x, None, None)
     in_sums = res_sums = dw_part = dw = None
     kind = residual_kind(source)
@@ -118,7 +120,8 @@ def conv_bn_bwd(
 
 def _launches(weight: Tensor, conv: Conv) -> ModuleType:
     """Whose kernels serve the convolution: a module with fwd, dgrad and wgrad."""
-    return _pointwise
+    kernel_size = (weight.size(2), weight.size(3))
+    return _pointwise if conv.is_pointwise(kernel_size) else _spatial
 
 
 def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
@@ -136,6 +139,10 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
     alike = (weight.dtype, weight.device) == (x.dtype, x.device)
     if not alike or weight.size(1) != x.size(1):
         raise ValueError(
-            f"{op}: weight must be {x.dtype} [K, {x.size(1)}, 1, 1] on {x.device}, got "
+            f"{op}: weight must be {x.dtype} [K, {x.size(1)}, R, S] on {x.device}, got "
             f"{described(weight)}"
+        )
+    if min(conv.stride) < 1 or min(output_shape(x.shape, weight.shape, conv)[2:]) < 1:
+        raise ValueError(
+            f"{op}: kernel {list(weight.shape[2:])} does not fit x {list(x.shape)} with {conv}"
         )

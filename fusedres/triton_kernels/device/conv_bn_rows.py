@@ -1,4 +1,6 @@
-"""Which row of the input a row of the output of a strided 1x1 convolution reads."""
+"""Which pixels of the input a row of the output reads: of a strided 1x1 convolution one, of others
+a window of them.
+"""
 
 import triton
 import triton.language as tl
@@ -12,3 +14,62 @@ def input_row(m, H, W, OH, OW, SH: tl.constexpr, SW: tl.constexpr):
     else:
         image = m // (OH * OW)
         return (image * H + m // OW % OH * SH) * W + m % OW * SW
+
+
+@triton.jit
+def reciprocal(d):
+    """What `quotient` divides by d with: 2^32 / d rounded up, in 32 bits."""
+    return tl.full((), 0xFFFFFFFF, tl.uint32) // d.to(tl.uint32) + 1
+
+
+@triton.jit
+def quotient(t, d, inverse, WIDE: tl.constexpr):
+    """t // d where t*d < 2^32, in two instructions instead of some twenty; WIDE: of any t and d."""
+    if WIDE:
+        return t // d
+    else:
+        near = tl.umulhi(t.to(tl.uint32), inverse).to(tl.int32)
+        return tl.where(inverse == 0, t, near)  # d is 1
+
+
+@triton.jit
+def window(
+    local,  # [BM]
+    oh0,
+    ow0,
+    OH,
+    OW,
+    by_oh,  # reciprocals of OH and OW
+    by_ow,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PT: tl.constexpr,
+    PL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Of the output's rows `local` after pixel (oh0, ow0) of an image: how many images on they are,
+    and where in the input the first tap of their window lies, in the padding perhaps.
+    """
+    t = ow0 + local
+    down = quotient(t, OW, by_ow, WIDE)
+    h = oh0 + down
+    image = quotient(h, OH, by_oh, WIDE)
+    return image, (h - image * OH) * SH - PT, (t - down * OW) * SW - PL
+
+
+@triton.jit
+def within(i, size):
+    """0 <= i < size, in one comparison."""
+    return i.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def zeroed(a, keep):
+    """a where keep, else 0, whatever a is: a bit mask, which fits any layout of registers."""
+    if a.dtype.primitive_bitwidth == 16:
+        bits = a.to(tl.int16, bitcast=True) & -keep.to(tl.int16)
+    elif a.dtype.primitive_bitwidth == 32:
+        bits = a.to(tl.int32, bitcast=True) & -keep.to(tl.int32)
+    else:
+        bits = a.to(tl.int64, bitcast=True) & -keep.to(tl.int64)
+    return bits.to(a.dtype, bitcast=True)
