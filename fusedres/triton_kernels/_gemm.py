@@ -49,6 +49,23 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or stat_dtype(x.dtype), device=x.device)
 
 
+def all_ones(device: torch.device) -> Tensor:
+    """[1] int32 with all bits set: what kernels load where an element is to be kept, and zeros
+    elsewhere. A mask that is loaded, not computed, lets Triton feed tensor cores from registers.
+    """
+    found = _all_ones.get(device)
+    if found is None:
+        found = torch.full((1,), -1, dtype=torch.int32, device=device)
+        if not torch.cuda.is_current_stream_capturing():  # else it is the graph's
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # other streams will read it
+            _all_ones[device] = found
+    return found
+
+
+_all_ones: dict[torch.device, Tensor] = {}
+
+
 def chunks(m: int, config: Config, device: torch.device) -> tuple[int, int]:
     """Tiles of rows in a chunk, and chunks.
 

@@ -14,6 +14,7 @@ from fusedres.triton_kernels._args import acc, rows, vectors
 from fusedres.triton_kernels._configs import Config
 from fusedres.triton_kernels._gemm import (
     Dgrad,
+    all_ones,
     chunks,
     config_for,
     empty,
@@ -49,7 +50,7 @@ def fwd(
         conv_bn_spatial_fwd_kernel,
         (triton.cdiv(outs, config.BN) * parts,),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
-        source.res_scale, source.res_bias, krsc(weight), y, part, m, channels, outs,
+        source.res_scale, source.res_bias, all_ones(x.device), krsc(weight), y, part, m, channels, outs,
         x.size(2), x.size(3), y.size(2), y.size(3), tiles, *_geometry(weight, conv),
         norm, residual, source.relu, stats, tiles > 1, _wide(x, y, config), precision(x.dtype),
         acc(x.dtype), channels % config.BK == 0, config.BM, config.BN, config.BK,
@@ -109,7 +110,7 @@ def wgrad(
         conv_bn_spatial_wgrad_kernel,
         (programs, parts),
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
-        source.res_scale, source.res_bias, dy, part, m, channels, outs,
+        source.res_scale, source.res_bias, all_ones(x.device), dy, part, m, channels, outs,
         x.size(2), x.size(3), dy.size(2), dy.size(3), tiles, *_geometry(weight, conv),
         norm, residual, source.relu, _wide(x, dy, config), precision(x.dtype), acc(x.dtype),
         config.BM, config.BN, config.BK,

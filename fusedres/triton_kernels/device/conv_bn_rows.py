@@ -18,18 +18,18 @@ def input_row(m, H, W, OH, OW, SH: tl.constexpr, SW: tl.constexpr):
 
 @triton.jit
 def reciprocal(d):
-    """What `quotient` divides by d with: 2^32 / d rounded up, in 32 bits."""
-    return tl.full((), 0xFFFFFFFF, tl.uint32) // d.to(tl.uint32) + 1
+    """What `quotient` divides by d with: 2^31 / d, rounded up."""
+    d = d.to(tl.uint32)
+    return (tl.full((), 0x7FFFFFFF, tl.uint32) + d) // d
 
 
 @triton.jit
 def quotient(t, d, inverse, WIDE: tl.constexpr):
-    """t // d where t*d < 2^32, in two instructions instead of some twenty; WIDE: of any t and d."""
+    """t // d where t*d < 2^31, in two instructions instead of some twenty; WIDE: of any t and d."""
     if WIDE:
         return t // d
     else:
-        near = tl.umulhi(t.to(tl.uint32), inverse).to(tl.int32)
-        return tl.where(inverse == 0, t, near)  # d is 1
+        return tl.umulhi(2 * t.to(tl.uint32), inverse).to(tl.int32)
 
 
 @triton.jit
@@ -58,18 +58,15 @@ def window(
 
 
 @triton.jit
-def within(i, size):
-    """0 <= i < size, in one comparison."""
-    return i.to(tl.uint32) < size.to(tl.uint32)
+def within(top, left, H, W):
+    """Whether (top, left) is a pixel of an H by W map."""
+    return (top.to(tl.uint32) < H.to(tl.uint32)) & (left.to(tl.uint32) < W.to(tl.uint32))
 
 
 @triton.jit
-def zeroed(a, keep):
-    """a where keep, else 0, whatever a is: a bit mask, which fits any layout of registers."""
-    if a.dtype.primitive_bitwidth == 16:
-        bits = a.to(tl.int16, bitcast=True) & -keep.to(tl.int16)
-    elif a.dtype.primitive_bitwidth == 32:
-        bits = a.to(tl.int32, bitcast=True) & -keep.to(tl.int32)
+def zeroed(u, keep):
+    """u where the bits of keep are ones, +0 where they are zeros, whatever u is."""
+    if u.dtype.primitive_bitwidth == 64:
+        return (u.to(tl.int64, bitcast=True) & keep.to(tl.int64)).to(u.dtype, bitcast=True)
     else:
-        bits = a.to(tl.int64, bitcast=True) & -keep.to(tl.int64)
-    return bits.to(a.dtype, bitcast=True)
+        return (u.to(tl.int32, bitcast=True) & keep).to(u.dtype, bitcast=True)

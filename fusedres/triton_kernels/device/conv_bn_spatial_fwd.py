@@ -35,6 +35,7 @@ def conv_bn_spatial_fwd_kernel(
     res_mean_ptr,  # [C] ACC, as are the next two
     res_scale_ptr,
     res_bias_ptr,
+    ones_ptr,  # [1] int32: all bits set
     w_ptr,  # [K, R, S, C]
     y_ptr,  # [M, K]
     part_ptr,  # [chunks, 2, K] ACC
@@ -100,12 +101,12 @@ def conv_bn_spatial_fwd_kernel(
             s = tap % S * DW
             ck = c0 + tl.arange(0, BK)
             in_c = ck < C
-            present = (within(top + r, H) & within(left + s, W))[:, None]
+            present = within(top + r, left + s, H, W)
             start = base + tl.cast(r * W + s, tl.int64) * C + c0
             if EVEN:
-                mask = present
+                mask = present[:, None]
             else:
-                mask = present & in_c[None, :]
+                mask = present[:, None] & in_c[None, :]
             x = tl.load(x_ptr + start + at, mask=mask, other=0.0)
             if NORM:
                 u = normalized(
@@ -124,9 +125,11 @@ def conv_bn_spatial_fwd_kernel(
                             tl.load(res_bias_ptr + ck, mask=in_c, other=0.0)[None, :],
                         )
                     u += e
+                keep = tl.load(ones_ptr + tl.zeros((BM,), tl.int32), mask=present, other=0)
+                u = zeroed(u, keep[:, None])
                 if RELU:
                     u = relu(u)
-                x = zeroed(u.to(x_ptr.dtype.element_ty), present)
+                x = u.to(x_ptr.dtype.element_ty)
             w_at = cols[None, :] * (taps * C) + (tap * C + ck)[:, None]
             if EVEN:
                 w = tl.load(w_ptr + w_at, mask=inside[None, :], other=0.0)

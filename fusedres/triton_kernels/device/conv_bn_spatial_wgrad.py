@@ -32,6 +32,7 @@ def conv_bn_spatial_wgrad_kernel(
     res_mean_ptr,  # [C] ACC, as are the next two
     res_scale_ptr,
     res_bias_ptr,
+    ones_ptr,  # [1] int32: all bits set
     dy_ptr,  # [M, K]
     part_ptr,  # [splits, K, R, S, C] ACC
     M,
@@ -71,14 +72,6 @@ def conv_bn_spatial_wgrad_kernel(
     split = tl.program_id(1)
     in_k = ck < K
     in_c = cc < C
-    if NORM:
-        mean = tl.load(mean_ptr + cc, mask=in_c, other=0.0)[:, None]
-        scale = tl.load(scale_ptr + cc, mask=in_c, other=0.0)[:, None]
-        bias = tl.load(bias_ptr + cc, mask=in_c, other=0.0)[:, None]
-        if RESIDUAL == 2:
-            res_mean = tl.load(res_mean_ptr + cc, mask=in_c, other=0.0)[:, None]
-            res_scale = tl.load(res_scale_ptr + cc, mask=in_c, other=0.0)[:, None]
-            res_bias = tl.load(res_bias_ptr + cc, mask=in_c, other=0.0)[:, None]
     by_oh = reciprocal(OH)
     by_ow = reciprocal(OW)
     begin = split * tiles * BM
@@ -87,28 +80,40 @@ def conv_bn_spatial_wgrad_kernel(
     image = begin // OW // OH
     local = tl.arange(0, BM)
     acc = tl.zeros((BN, BK), ACC)
-    for row0 in range(begin, tl.minimum(begin + tiles * BM, M), BM):
+    for row0 in tl.range(begin, tl.minimum(begin + tiles * BM, M), BM, disable_licm=True):
         valid = local < M - row0
         images, top, left = window(local, oh, ow, OH, OW, by_oh, by_ow, SH, SW, PT, PL, WIDE)
         top += r
         left += s
-        present = (valid & within(top, H) & within(left, W))[None, :]
+        present = valid & within(top, left, H, W)
         base = tl.cast(image, tl.int64) * H * W * C
         if WIDE:
             images = images.to(tl.int64)
         at = (((images * H + top) * W + left) * C)[None, :] + cc[:, None]
-        mask = present & in_c[:, None]
+        mask = present[None, :] & in_c[:, None]
         a = tl.load(x_ptr + base + at, mask=mask, other=0.0)
         if NORM:
-            u = normalized(a.to(ACC), mean, scale, bias)
+            u = normalized(
+                a.to(ACC),
+                tl.load(mean_ptr + cc, mask=in_c, other=0.0)[:, None],
+                tl.load(scale_ptr + cc, mask=in_c, other=0.0)[:, None],
+                tl.load(bias_ptr + cc, mask=in_c, other=0.0)[:, None],
+            )
             if RESIDUAL > 0:
                 e = tl.load(residual_ptr + base + at, mask=mask, other=0.0).to(ACC)
                 if RESIDUAL == 2:
-                    e = normalized(e, res_mean, res_scale, res_bias)
+                    e = normalized(
+                        e,
+                        tl.load(res_mean_ptr + cc, mask=in_c, other=0.0)[:, None],
+                        tl.load(res_scale_ptr + cc, mask=in_c, other=0.0)[:, None],
+                        tl.load(res_bias_ptr + cc, mask=in_c, other=0.0)[:, None],
+                    )
                 u += e
+            keep = tl.load(ones_ptr + tl.zeros((BM,), tl.int32), mask=present, other=0)
+            u = zeroed(u, keep[None, :])
             if RELU:
                 u = relu(u)
-            a = zeroed(u.to(x_ptr.dtype.element_ty), present)
+            a = u.to(x_ptr.dtype.element_ty)
         dy = tl.load(
             dy_ptr + tl.cast(row0, tl.int64) * K + local[:, None] * K + ck[None, :],
             mask=valid[:, None] & in_k[None, :],
