@@ -125,15 +125,28 @@ def _pointwise_rule(
 def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """Of the implicit GEMMs; "fwd_plain" and "wgrad_plain" have no prologue."""
     wgmma = 90 <= arch < 120
+    wide = shape.out_channels > 64
     if itemsize == 8:
         return Config(32, 32, 16, 4, 1)
     if shape.in_channels % 8 or shape.out_channels % 8:
-        return Config(64, 32, 32, 4, 1)
+        return Config(64 if kernel.startswith("fwd") else 32, 32, 32, 4, 1)
     if itemsize == 4:
         return Config(64, 64, 32, 4, 2)
     if arch == HIP:
         return Config(64, 64, 64, 4, 2)
-    return Config(64, 64, 64 if wgmma else 32, 4, 3)
+    if not wgmma or arch >= 100:
+        return Config(64, 64, 64 if wgmma else 32, 4, 3)
+    if kernel == "fwd_plain":
+        return Config(128, 128 if wide else 64, 64, 4, 3)
+    if kernel == "fwd":
+        if residual:
+            return Config(128, 64, 64, 8, 3)
+        if shape.out_channels >= 256:
+            return Config(128, 256, 64, 8, 2)
+        return Config(128, 128, 64, 8, 3) if wide else Config(128, 64, 64, 4, 3)
+    if wide and shape.in_channels > 64 and not residual:
+        return Config(64, 128, 128, 8, 3)
+    return Config(64, 64, 64, 4, 3)
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:

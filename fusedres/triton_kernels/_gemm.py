@@ -56,10 +56,11 @@ def all_ones(device: torch.device) -> Tensor:
     found = _all_ones.get(device)
     if found is None:
         found = torch.full((1,), -1, dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():  # else it is the graph's
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # other streams will read it
-            _all_ones[device] = found
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return found  # the graph's own, filled when it runs
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it
+        _all_ones[device] = found
     return found
 
 

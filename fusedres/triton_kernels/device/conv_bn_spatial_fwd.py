@@ -107,7 +107,7 @@ def conv_bn_spatial_fwd_kernel(
                 mask = present[:, None]
             else:
                 mask = present[:, None] & in_c[None, :]
-            x = tl.load(x_ptr + start + at, mask=mask, other=0.0)
+            x = tl.load(x_ptr + start + at, mask=mask, other=0.0, cache_modifier=".ca")
             if NORM:
                 u = normalized(
                     x.to(ACC),
@@ -116,7 +116,8 @@ def conv_bn_spatial_fwd_kernel(
                     tl.load(bias_ptr + ck, mask=in_c, other=0.0)[None, :],
                 )
                 if RESIDUAL > 0:
-                    e = tl.load(residual_ptr + start + at, mask=mask, other=0.0).to(ACC)
+                    e = tl.load(residual_ptr + start + at, mask=mask, other=0.0, cache_modifier=".ca")
+                    e = e.to(ACC)
                     if RESIDUAL == 2:
                         e = normalized(
                             e,
