@@ -29,11 +29,13 @@ ELSE = "triton and not nchw and not gradcheck"
 SUITES = {  # a name: the file, and what of it
     "in_interpreter, networks": ("in_interpreter", "small_resnet"),
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
+    "in_interpreter_spatial": ("in_interpreter_spatial", "not three_way"),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
 SLOW = {
+    "in_interpreter_spatial, fp32 and fp16": ("in_interpreter_spatial", "three_way"),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),
@@ -109,7 +111,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(table.read_text())
     kernels = {row["kernel"] for row in rows}
-    assert {f"conv_bn_{k}_kernel" for k in ("fwd", "dgrad", "wgrad", "finish")} <= kernels
+    gemms = ("fwd", "dgrad", "wgrad", "finish", "spatial_fwd", "spatial_wgrad")
+    assert {f"conv_bn_{k}_kernel" for k in gemms} <= kernels
     assert len(rows) > 40
 
 
