@@ -44,7 +44,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def config_of(
-    kernel: str,  # "fwd", "dgrad", "wgrad"; "bwd" for the last two in one
+    kernel: str,  # "fwd", "dgrad", "wgrad"; "fwd_plain" and "wgrad_plain" without a prologue
     device: str,
     dtype: torch.dtype,
     shape: Shape,
@@ -52,7 +52,7 @@ def config_of(
     arch: int,
 ) -> Config:
     """The configuration of one launch."""
-    tried = _tried.get(kernel)
+    tried = _tried.get(kernel) or _tried.get(kernel.removesuffix("_plain"))
     return tried or _config_of(kernel, device, dtype, shape, residual, arch)
 
 
@@ -134,8 +134,10 @@ def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch:
         return Config(64, 64, 32, 4, 2)
     if arch == HIP:
         return Config(64, 64, 64, 4, 2)
-    if not wgmma or arch >= 100:
-        return Config(64, 64, 64 if wgmma else 32, 4, 3)
+    if not wgmma:
+        return Config(128, 64, 32, 8, 3) if kernel.startswith("fwd") else Config(64, 64, 32, 4, 3)
+    if arch >= 100:
+        return Config(64, 64, 64, 4, 3)
     if kernel == "fwd_plain":
         return Config(128, 128 if wide else 64, 64, 4, 3)
     if kernel == "fwd":
@@ -151,6 +153,8 @@ def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch:
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
+    if shape is not None and shape.kernel != (1, 1) and kernel != "dgrad":
+        return _spatial_candidates(kernel)
     if kernel == "fwd":
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))]
@@ -159,3 +163,15 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]
     blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
     return [Config(m, n, k, w, 3) for m, n, w in blocks for k in (64, 128) if n * k <= 8192]
+
+
+def _spatial_candidates(kernel: str) -> list[Config]:
+    if kernel.startswith("fwd"):
+        blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+        if kernel == "fwd_plain":
+            blocks += [(128, 128, 4), (256, 64, 8), (256, 128, 8), (128, 256, 8)]
+            return [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 4)]
+        found = [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 2)]
+        return [*found, Config(128, 256, 64, 8, 2), Config(64, 256, 32, 4, 3)]
+    blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8)]
+    return [Config(64, n, k, w, s) for n, k, w in blocks for s in (3, 4)]
