@@ -32,8 +32,8 @@ class Conv(NamedTuple):
         return pointwise and max(self.stride) <= 2
 
     def has_fused_kernel(self, kernel_size: tuple[int, int]) -> bool:
-        """Whether conv_bn has a fused plan for it."""
-        return self.is_pointwise(kernel_size)
+        """Whether conv_bn has a fused plan for it: of any kernel size, but one group."""
+        return self.groups == 1 and min(kernel_size) > 0
 
 
 class Source(NamedTuple):

@@ -26,7 +26,7 @@ from fusedres._plans import is_plan
 PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
-_KERNELS = {"fwd", "dgrad", "wgrad"}
+_KERNELS = {"fwd", "dgrad", "wgrad", "fwd_plain", "wgrad_plain"}  # plain: no prologue
 _LIGHT_OPS = {"batch_norm", "bn_act", "bn_relu_maxpool", "add_relu"}
 _LIGHT_BACKENDS = {"cpp", "cuda", "triton"}
 _LIGHT = {"device", "dtype", "op", "bytes", "backend"}

@@ -527,12 +527,14 @@ def test_direct_calls_of_the_fused_plan_end_in_a_value_error() -> None:
         {"residual": x.double()},
         {"residual": x, "joined": (v, v, None)},
         {"w": w[:, :2]},
-        {"w": torch.randn(4, 4, 3, 3)},
+        {"w": torch.randn(4, 4, 0, 1)},
+        {"w": torch.randn(4, 4, 7, 3)},  # larger than the map
         {"w": w[0]},
-        {"conv": (None, (3, 3), (0, 0, 0, 0), (1, 1), 1)},
-        {"conv": (None, (1, 1), (1, 1, 1, 1), (1, 1), 1)},
+        {"conv": (None, (0, 1), (0, 0, 0, 0), (1, 1), 1)},
         {"conv": (None, (1, 1), (0, 0, 0, 0), (1, 1), 2)},
         {"conv": (None, (2, 2), (0, 0, 0, 0), (1, 1), 1), "emit": True},
+        {"conv": (None, (1, 1), (1, 1, 1, 1), (1, 1), 1), "emit": True},
+        {"w": torch.randn(4, 4, 3, 3), "emit": True},
         {"vectors": none, "emit": True},
     ):
         try:

@@ -30,6 +30,7 @@ SUITES = {  # a name: the file, and what of it
     "in_interpreter, networks": ("in_interpreter", "small_resnet and (split or fused_1x1)"),
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
     "in_interpreter_dataflows": ("in_interpreter_dataflows", ""),
+    "in_interpreter_spatial": ("in_interpreter_spatial", "not three_way"),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
@@ -39,6 +40,7 @@ SLOW = {
         "in_interpreter",
         "small_resnet and not (split or fused_1x1)",
     ),
+    "in_interpreter_spatial, fp32 and fp16": ("in_interpreter_spatial", "three_way"),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_conv_bn_plans": ("test_conv_bn_plans", "triton"),
@@ -115,7 +117,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(table.read_text())
     kernels = {row["kernel"] for row in rows}
-    assert {f"conv_bn_{k}_kernel" for k in ("fwd", "dgrad", "wgrad", "finish")} <= kernels
+    gemms = ("fwd", "dgrad", "wgrad", "finish", "spatial_fwd", "spatial_wgrad")
+    assert {f"conv_bn_{k}_kernel" for k in gemms} <= kernels
     assert len(rows) > 40
 
 

@@ -47,7 +47,10 @@ DEVICES = {
     "sm_120": Device("cuda", 120, 32, 101376, 102400, 65536, r"\bHMMA"),
     "gfx942": Device("hip", "gfx942", 64, 65536, 65536, 0, r"v_mfma"),
 }
-GEMMS = ("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel", "conv_bn_wgrad_kernel")
+GEMMS = (
+    *("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel", "conv_bn_wgrad_kernel"),
+    *("conv_bn_spatial_fwd_kernel", "conv_bn_spatial_wgrad_kernel"),
+)
 
 
 def load(module: str) -> types.ModuleType:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from torch import Tensor
 
 import fusedres
 from fusedres import backends
-from fusedres._conv import output_shape
+from fusedres._conv import Conv, Source, output_shape
 from fusedres.library import conv_bn as split
 from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres.triton_kernels import _configs, _gemm, _launch
+from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels._launch import Launch
 
@@ -36,6 +36,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
 }
 
 
@@ -92,6 +93,34 @@ def model_step(batch: int, size: int, **options: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x)
     out.backward(torch.empty_like(out))
+
+
+_3X3 = (  # channels (in and out), map, stride of the 3x3 layers of a ResNet-50
+    *((64, 56, 1), (128, 56, 2), (128, 28, 1), (256, 28, 2), (256, 14, 1), (512, 14, 2)),
+    (512, 7, 1),
+)
+
+
+def spatial_step(
+    batch: int, dtype: torch.dtype, layers: Sequence[tuple[int, int, int]], kinds: Sequence[str]
+) -> None:
+    """Forward and wgrad of 3x3 layers by their own kernels, from sources of these kinds."""
+    for channels, side, stride in layers:
+        conv = Conv((stride, stride), (1, 1, 1, 1), (1, 1), 1)
+        x = torch.empty(batch, channels, side, side, dtype=dtype).to(
+            memory_format=torch.channels_last
+        )
+        weight = torch.empty(channels, channels, 3, 3, dtype=dtype)
+        shape = output_shape(x.shape, weight.shape, conv)
+        y = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        three = (torch.empty(channels),) * 3
+        for kind in kinds:
+            norm = three if kind != "tensor" else (None,) * 3
+            residual = torch.empty_like(x) if "residual" in kind else None
+            joined = three if kind == "deferred_residual" else (None,) * 3
+            source = Source(x, *norm, residual, *joined, kind != "tensor")
+            _spatial.fwd(source, weight, conv, y, None, True)
+            _spatial.wgrad(source, y, weight, conv)
 
 
 def rare_variants(dtype: torch.dtype) -> None:
@@ -166,9 +195,13 @@ def main() -> None:
             model_step(256, 224)
             with fusedres.use_plan("masks"):
                 model_step(256, 224)
+            spatial_step(256, torch.bfloat16, _3X3, ("tensor", "none"))
             if target in options.rare:
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
+                sources = ("tensor", "none", "tensor_residual", "deferred_residual")
+                spatial_step(8, torch.bfloat16, ((64, 56, 1), (128, 28, 2), (13, 9, 1)), sources)
+                spatial_step(8, torch.float32, ((64, 56, 1), (13, 9, 1)), sources)
                 with fusedres.use_plan("fused"):
                     rare_variants(torch.float32)
         lists[target] = unique(launches)

@@ -45,7 +45,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def config_of(
-    kernel: str,  # "fwd", "dgrad", "wgrad"; "bwd" for the last two in one
+    kernel: str,  # "fwd", "dgrad", "wgrad"; "fwd_plain" and "wgrad_plain" without a prologue
     device: str,
     dtype: torch.dtype,
     shape: Shape,
@@ -53,7 +53,7 @@ def config_of(
     arch: int,
 ) -> Config:
     """The configuration of one launch."""
-    tried = _tried.get(kernel)
+    tried = _tried.get(kernel) or _tried.get(kernel.removesuffix("_plain"))
     return tried or _config_of(kernel, device, dtype, shape, residual, arch)
 
 
@@ -85,6 +85,9 @@ def _config_of(
 
 def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """What is taken where nothing was measured."""
+    if shape.kernel != (1, 1) and kernel != "dgrad":
+        return _spatial_rule(kernel, itemsize, shape, residual, arch)
+    kernel = kernel.removesuffix("_plain")  # a padded 1x1 convolution's
     channels = (shape.in_channels, shape.out_channels)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
@@ -120,8 +123,39 @@ def _pointwise_rule(
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
 
 
+def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    """Of the implicit GEMMs; "fwd_plain" and "wgrad_plain" have no prologue."""
+    wgmma = 90 <= arch < 120
+    wide = shape.out_channels > 64
+    if itemsize == 8:
+        return Config(32, 32, 16, 4, 1)
+    if shape.in_channels % 8 or shape.out_channels % 8:
+        return Config(64 if kernel.startswith("fwd") else 32, 32, 32, 4, 1)
+    if itemsize == 4:
+        return Config(64, 64, 32, 4, 2)
+    if arch == HIP:
+        return Config(64, 64, 64, 4, 2)
+    if not wgmma:
+        return Config(128, 64, 32, 8, 3) if kernel.startswith("fwd") else Config(64, 64, 32, 4, 3)
+    if arch >= 100:
+        return Config(64, 64, 64, 4, 3)
+    if kernel == "fwd_plain":
+        return Config(128, 128 if wide else 64, 64, 4, 3)
+    if kernel == "fwd":
+        if residual:
+            return Config(128, 64, 64, 8, 3)
+        if shape.out_channels >= 256:
+            return Config(128, 256, 64, 8, 2)
+        return Config(128, 128, 64, 8, 3) if wide else Config(128, 64, 64, 4, 3)
+    if wide and shape.in_channels > 64 and not residual:
+        return Config(64, 128, 128, 8, 3)
+    return Config(64, 64, 64, 4, 3)
+
+
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
+    if shape is not None and shape.kernel != (1, 1) and kernel != "dgrad":
+        return _spatial_candidates(kernel)
     if kernel == "fwd":
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))]
@@ -130,3 +164,15 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]
     blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
     return [Config(m, n, k, w, 3) for m, n, w in blocks for k in (64, 128) if n * k <= 8192]
+
+
+def _spatial_candidates(kernel: str) -> list[Config]:
+    if kernel.startswith("fwd"):
+        blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+        if kernel == "fwd_plain":
+            blocks += [(128, 128, 4), (256, 64, 8), (256, 128, 8), (128, 256, 8)]
+            return [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 4)]
+        found = [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 2)]
+        return [*found, Config(128, 256, 64, 8, 2), Config(64, 256, 32, 4, 3)]
+    blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8)]
+    return [Config(64, n, k, w, s) for n, k, w in blocks for s in (3, 4)]

@@ -54,6 +54,24 @@ def sampling(grad: Tensor, x: Tensor) -> tuple[int, int]:
     return tuple(1 if g == e else 2 for g, e in zip(grad.shape[2:], x.shape[2:], strict=True))  # type: ignore[return-value]
 
 
+def all_ones(device: torch.device) -> Tensor:
+    """[1] int32 with all bits set: what kernels load where an element is to be kept, and zeros
+    elsewhere. A mask that is loaded, not computed, lets Triton feed tensor cores from registers.
+    """
+    found = _all_ones.get(device)
+    if found is None:
+        found = torch.full((1,), -1, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return found  # the graph's own, filled when it runs
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it
+        _all_ones[device] = found
+    return found
+
+
+_all_ones: dict[torch.device, Tensor] = {}
+
+
 def chunks(m: int, config: Config, device: torch.device, across: int = 1) -> tuple[int, int]:
     """Tiles of rows in a chunk, and chunks, each of them `across` programs: as many as may leave a
     partial row or, if the grid is persistent, as run at once.

@@ -1,7 +1,7 @@
 """conv_bn's fused plan: one kernel forward, dgrad, wgrad, and one second stage each way.
 
 Beside the results nothing the size of an activation is allocated but dy, which dgrad hands to
-wgrad. The kernels of 1x1 convolutions are launched by _pointwise.
+wgrad. The kernels of 1x1 convolutions are launched by _pointwise, all others by _spatial.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedres._checks import check_dense, described
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._plans import Plan
-from fusedres.triton_kernels import _pointwise
+from fusedres.triton_kernels import _pointwise, _spatial
 from fusedres.triton_kernels._args import acc, check, like, rows
 from fusedres.triton_kernels._gemm import Dgrad, empty, residual_kind
 from fusedres.triton_kernels._launch import launch
@@ -49,14 +49,19 @@ def conv_bn_fwd(
     op = "conv_bn_fwd"
     _check(op, source, weight, conv)
     x, out = source.x, output_shape(source.x.shape, weight.shape, conv)
-    if emit and (source.mean is None or conv.stride != (1, 1)):
-        raise ValueError(f"{op}: emit needs a Deferred and stride 1, got stride {conv.stride}")
+    launches = _launches(weight, conv)
+    if emit and (source.mean is None or conv.stride != (1, 1) or launches is not _pointwise):
+        raise ValueError(
+            f"{op}: emit needs a Deferred, a 1x1 kernel, stride 1 and no padding, got kernel "
+            f"{list(weight.shape[2:])} and {conv}"
+        )
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     a, bits, channels = like(x) if emit else None, None, x.size(1)
     if emit and masks and channels % 8 == 0:
         bits = torch.empty(rows(x), channels // 8, dtype=torch.uint8, device=x.device)
+    more = {} if bits is None else {"bits": bits}
     stats = training and rows(y) > 0
-    part, rows_per_part = _launches(weight, conv).fwd(source, weight, conv, y, a, stats, bits)
+    part, rows_per_part = launches.fwd(source, weight, conv, y, a, stats, **more)
     norm = (bn_weight, bn_bias, running_mean, running_var)
     if part is None:
         return y, batch_norm_fwd(y, *norm, training, momentum, eps), a, bits
@@ -87,7 +92,8 @@ def conv_bn_bwd(
     _check_bwd(op, source, weight, conv, a, bits, up, grad_a, plan.compact)
     launches, found, dw_part = _launches(weight, conv), None, None
     if need_input:
-        found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight, bits, plan.compact)
+        more = {"bits": bits, "compact": plan.compact} if launches is _pointwise else {}
+        found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight, **more)
     if need_weight:
         dy = None if found is None else found.dy
         if dy is None:
@@ -139,7 +145,8 @@ def _finish(
 
 def _launches(weight: Tensor, conv: Conv) -> ModuleType:
     """Whose kernels serve the convolution: a module with fwd, dgrad and wgrad."""
-    return _pointwise
+    kernel_size = (weight.size(2), weight.size(3))
+    return _pointwise if conv.is_pointwise(kernel_size) else _spatial
 
 
 def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
@@ -157,8 +164,12 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:
     alike = (weight.dtype, weight.device) == (x.dtype, x.device)
     if not alike or weight.size(1) != x.size(1):
         raise ValueError(
-            f"{op}: weight must be {x.dtype} [K, {x.size(1)}, 1, 1] on {x.device}, got "
+            f"{op}: weight must be {x.dtype} [K, {x.size(1)}, R, S] on {x.device}, got "
             f"{described(weight)}"
+        )
+    if min(conv.stride) < 1 or min(output_shape(x.shape, weight.shape, conv)[2:]) < 1:
+        raise ValueError(
+            f"{op}: kernel {list(weight.shape[2:])} does not fit x {list(x.shape)} with {conv}"
         )
 
 
