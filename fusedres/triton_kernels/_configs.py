@@ -84,6 +84,8 @@ def _config_of(
 
 def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """What is taken where nothing was measured."""
+    if shape.kernel != (1, 1) and kernel == "dgrad":
+        return _spatial_dgrad_rule(itemsize, shape, residual, arch)
     channels = (shape.in_channels, shape.out_channels)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
@@ -117,6 +119,12 @@ def _pointwise_rule(
         return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
     wide = in_channels > 64 and not residual and wgmma
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
+
+
+def _spatial_dgrad_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    return _pointwise_rule(
+        "dgrad", itemsize, shape.in_channels, shape.out_channels, residual, arch
+    )
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
