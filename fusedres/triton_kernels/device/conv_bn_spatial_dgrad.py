@@ -57,26 +57,37 @@ def place(m, PH, PW):
 
 
 @triton.jit
-def bn_grad(
-    g, y, vectors, ck, K, M, within, TRAINING: tl.constexpr, GMASK: tl.constexpr, ACC: tl.constexpr
-):
-    """dy of a block [BM, BK] of g and y, in ACC; vectors are the pointers of BatchNorm's."""
+def coefficients(vectors, ck, K, per_row, zeros, TRAINING: tl.constexpr, GMASK: tl.constexpr):
+    """mean, scale, bias, c0 and c1 of channels ck [BK], zeros for those that nobody reads; per_row
+    is -1/M.
+    """
     mean_ptr, scale_ptr, rstd_ptr, bias_ptr, sums_ptr = vectors
-    dtype: tl.constexpr = g.dtype
-    g = g.to(ACC)
+    within = ck < K
+    mean, bias, c0, c1 = zeros, zeros, zeros, zeros
     scale = tl.load(scale_ptr + ck, mask=within, other=0.0)
     if TRAINING or GMASK:
         mean = tl.load(mean_ptr + ck, mask=within, other=0.0)
-        y = y.to(ACC)
     if GMASK:
         bias = tl.load(bias_ptr + ck, mask=within, other=0.0)
+    if TRAINING:
+        rstd = tl.load(rstd_ptr + ck, mask=within, other=0.0)
+        c0 = scale * per_row * tl.load(sums_ptr + ck, mask=within, other=0.0)
+        c1 = scale * per_row * rstd * rstd * tl.load(sums_ptr + K + ck, mask=within, other=0.0)
+    return mean, scale, bias, c0, c1
+
+
+@triton.jit
+def bn_grad(
+    g, y, mean, scale, bias, c0, c1, TRAINING: tl.constexpr, GMASK: tl.constexpr, ACC: tl.constexpr
+):
+    """dy of a block [BM, BK] of g and y, in ACC."""
+    dtype: tl.constexpr = g.dtype
+    g = g.to(ACC)
+    y = y.to(ACC)
+    if GMASK:
         u = normalized(y, mean[None, :], scale[None, :], bias[None, :])
         g = masked(g, u.to(dtype).to(ACC))  # rounded as forward rounds
     if TRAINING:
-        rstd = tl.load(rstd_ptr + ck, mask=within, other=0.0)
-        per_row = -scale / M
-        c0 = per_row * tl.load(sums_ptr + ck, mask=within, other=0.0)
-        c1 = per_row * rstd * rstd * tl.load(sums_ptr + K + ck, mask=within, other=0.0)
         return tl.fma(g, scale[None, :], tl.fma(y - mean[None, :], c1[None, :], c0[None, :]))
     else:
         return g * scale[None, :]
@@ -155,6 +166,7 @@ def conv_bn_spatial_dgrad_kernel(
     ih0, PH, r0, nr, oh0 = class_along(cls // SW, H, top, R, SH, DH, TH)
     iw0, PW, s0, ns, ow0 = class_along(cls % SW, W, left, S, SW, DW, TW)
     written = tl.where((pn == 0) & (cls == dy_class), K, 0)  # columns of dy that this program stores
+    per_row = -1.0 / tl.cast(M, ACC)
     first = chunk // (SH * SW) * tiles
     last = 1
     if LOOP:
@@ -166,20 +178,20 @@ def conv_bn_spatial_dgrad_kernel(
         valid = (local < count)[:, None]
         n0, ph0, pw0 = place(row0, PH, PW)
         n, ph, pw = place(row0 + tl.maximum(tl.minimum(local, count - 1), 0), PH, PW)
-        oh = ph + oh0
-        ow = pw + ow0
-        start = (tl.cast(n0, tl.int64) * OH + ph0 + oh0) * OW + pw0 + ow0
+        start = (tl.cast(n0, tl.int64) * OH + ph0) * OW + pw0
         rows = ((n - n0) * OH + ph - ph0) * OW + pw - pw0
         acc = tl.zeros((BM, BN), ACC)
+        zeros = tl.zeros((BK,), ACC)
+        mean, scale, bias, c0, c1 = zeros, zeros, zeros, zeros, zeros
         k = 0
         ri = 0
         si = 0
         for _ in range(0, tl.where(count > 0, nr * ns * tl.cdiv(K, BK), 0)):
             ck = k + tl.arange(0, BK)
             within = ck < K
-            down = ri * (DH * TH // SH)
-            along = si * (DW * TW // SW)
-            met = (oh >= down) & (oh < OH + down) & (ow >= along) & (ow < OW + along)
+            down = ri * (DH * TH // SH) - oh0  # pixels from here on meet output 0 and on
+            along = si * (DW * TW // SW) - ow0
+            met = (ph >= down) & (ph < OH + down) & (pw >= along) & (pw < OW + along)
             base = (start - down * OW - along) * K
             at = rows[:, None] * K + ck[None, :]
             there = met[:, None]
@@ -190,10 +202,15 @@ def conv_bn_spatial_dgrad_kernel(
                 y = dy
                 if TRAINING or GMASK:
                     y = tl.load(y_ptr + base + at, mask=there, other=0.0)
-                vectors = (mean_ptr, scale_ptr, rstd_ptr, bias_ptr, sums_ptr)
-                grad = bn_grad(dy, y, vectors, ck, K, M, within, TRAINING, GMASK, ACC)
+                if (ri == 0) & (si == 0):
+                    vectors = (mean_ptr, scale_ptr, rstd_ptr, bias_ptr, sums_ptr)
+                    mean, scale, bias, c0, c1 = coefficients(
+                        vectors, ck, K, per_row, zeros, TRAINING, GMASK
+                    )
+                grad = bn_grad(dy, y, mean, scale, bias, c0, c1, TRAINING, GMASK, ACC)
                 dy = tl.where(met[:, None], grad, 0.0).to(g_ptr.dtype.element_ty)
                 if DY:
+                    # predicated: a branch costs more registers than it saves instructions
                     here = (ri == dy_r) & (si == dy_s)
                     stored = (ck < tl.where(here, written, 0))[None, :]
                     tl.store(dy_ptr + base + at, dy, mask=valid & met[:, None] & stored)
