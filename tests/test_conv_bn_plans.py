@@ -45,6 +45,7 @@ CHAINS = [
     Chain("tensor_residual", (3, 8, 6, 5), kernel=1),
     Chain("tensor_residual", (2, 16, 6, 5), 24, emit=True),
     Chain("deferred_residual", (2, 24, 9, 7), 8, emit=True),
+    Chain("tensor_residual", (2, 72, 4, 5), 8, emit=True),  # several tiles of channels
     Chain("tensor_residual", (2, 5, 4, 4), 3, emit=True),  # 8 does not divide its channels
     Chain("none", (2, 16, 5, 5), 8, emit=True, relu=False),
     Chain("tensor", (2, 8, 5, 5), 8, kernel=3, padding=1, emit=True),

@@ -23,10 +23,11 @@ from torch import Tensor
 
 import fusedres
 from fusedres import backends
-from fusedres._conv import Conv, Source, output_shape
+from fusedres._conv import Conv, Source, Upstream, output_shape
+from fusedres._tensors import stat_dtype
 from fusedres.library import conv_bn as split
 from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial
+from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial, _spatial_dgrad
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels._launch import Launch
 
@@ -145,6 +146,49 @@ def rare_variants(dtype: torch.dtype) -> None:
         fusedres.add_relu(x, r).backward(torch.empty_like(x))
 
 
+# C, H and stride of ResNet-50's 3x3 convolutions, all of as many channels out as in
+SPATIAL = ((64, 56, 1), (128, 28, 1), (256, 14, 1), (512, 7, 1))
+SPATIAL += ((128, 56, 2), (256, 28, 2), (512, 14, 2))
+
+
+def spatial_dgrad_step(batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> None:
+    """dgrad of ResNet-50's 3x3 convolutions, with the prologue that masks too, and plain."""
+    for c, size, stride in SPATIAL:
+        spatial_dgrad((batch, c, size, size), stride, dtype)
+
+
+def spatial_dgrad(
+    shape: tuple[int, int, int, int],
+    stride: int,
+    dtype: torch.dtype,
+    residual: int = 0,
+    emitted: bool = False,
+) -> None:
+    """dgrad of one 3x3 convolution of as many channels out as in, whose input is a Deferred."""
+    conv = Conv((stride, stride), (1, 1, 1, 1), (1, 1), 1)
+    x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    r = torch.empty_like(x) if residual else None
+    a = torch.empty_like(x) if emitted else None
+    vector = torch.empty(shape[1], dtype=stat_dtype(dtype))
+    weight = torch.empty(shape[1], shape[1], 3, 3, dtype=dtype)
+    out = output_shape(shape, weight.shape, conv)
+    y = torch.empty(out, dtype=dtype, memory_format=torch.channels_last)
+    joined = (vector if residual == 2 else None,) * 3
+    source = Source(x, vector, vector, vector, r, *joined, True)
+    up = Upstream(y, torch.stack([vector, vector]), y, vector, vector, vector, vector, True)
+    for up_, prologue in ((up, True), (up._replace(bias=None), False)):
+        _spatial_dgrad.dgrad(up_, source, a, a, weight, conv, True, prologue)
+
+
+def rare_spatial_dgrad(dtype: torch.dtype) -> None:
+    """What no ResNet-50 launches: residuals, emitted activations, odd sizes."""
+    for stride in (1, 2):
+        for residual in (0, 1, 2):
+            spatial_dgrad((8, 64, 28, 28), stride, dtype, residual, residual == 0)
+            spatial_dgrad((8, 256, 14, 14), stride, dtype, residual, residual == 0)
+        spatial_dgrad((3, 5, 7, 7), stride, dtype, 2)
+
+
 def described(launch: Launch) -> dict[str, Any]:
     """A launch as triton_compile.py reads it: what a compilation depends on."""
     arguments: list[list[Any]] = []
@@ -196,7 +240,10 @@ def main() -> None:
             with fusedres.use_plan("masks"):
                 model_step(256, 224)
             spatial_step(256, torch.bfloat16, _3X3, ("tensor", "none"))
+            spatial_dgrad_step()
             if target in options.rare:
+                for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                    rare_spatial_dgrad(dtype)
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
                 sources = ("tensor", "none", "tensor_residual", "deferred_residual")

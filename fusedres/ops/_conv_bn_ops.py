@@ -169,22 +169,21 @@ def _library_bwd(
     dy, *gradients = apply(up.g, *own, up.training, *types, **masked)
     # an activation that was emitted may hold a residual, which is not saved then
     from_x = source.residual is None and (a is None or plan.keep)
+    if grad_a is not None and grad_a.shape != source.x.shape:
+        grad_a = split.spread(grad_a, source.x)
+    dw = None
     if plan.base == "epilogue" and o.need_input:
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_dgrad
-        g_in, sums, res_sums = kernel(source, weight, conv, a, up, dy, grad_a, plan.compact)
-        dw = None
+        g_in, sums, res_sums = kernel(source, weight, conv, a, up, dy, grad_a)
         if o.need_weight:
             a = split.materialise(light, source) if a is None else a
             _, dw = split.convolution_backward(dy, a, weight, conv, False, True)
-            assert dw is not None
-            dw = split.as_stored(dw, parameter)
-        return g_in, sums, res_sums, dw, *gradients
-    if grad_a is not None and grad_a.shape != source.x.shape:
-        grad_a = split.spread(grad_a, source.x)
-    g_in, sums, res_sums, dw = split.conv_bn_bwd(
-        light, dy, grad_a, source, a, weight, parameter, conv, from_x, plan.unmasked,
-        o.need_input, o.need_weight, memory_format_of(source.x),
-    )  # fmt: skip
+            dw = None if dw is None else split.as_stored(dw, parameter)
+    else:
+        g_in, sums, res_sums, dw = split.conv_bn_bwd(
+            light, dy, grad_a, source, a, weight, parameter, conv, from_x, plan.unmasked,
+            o.need_input, o.need_weight, memory_format_of(source.x),
+        )  # fmt: skip
     if g_in is not None and plan.compact:
         step_h, step_w = conv.stride
         g_in = g_in[:, :, ::step_h, ::step_w].contiguous(memory_format=memory_format_of(source.x))

@@ -85,7 +85,9 @@ def _config_of(
 
 def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """What is taken where nothing was measured."""
-    if shape.kernel != (1, 1) and kernel != "dgrad":
+    if shape.kernel != (1, 1) and kernel == "dgrad":
+        return _spatial_dgrad_rule(itemsize, shape, residual, arch)
+    if shape.kernel != (1, 1):
         return _spatial_rule(kernel, itemsize, shape, residual, arch)
     kernel = kernel.removesuffix("_plain")  # a padded 1x1 convolution's
     channels = (shape.in_channels, shape.out_channels)
@@ -152,6 +154,18 @@ def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch:
     return Config(64, 64, 64, 4, 3)
 
 
+def _spatial_dgrad_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    channels = (shape.in_channels, shape.out_channels)
+    if itemsize != 2 or channels[0] % 8 or channels[1] % 8 or arch == HIP:
+        return _pointwise_rule("dgrad", itemsize, *channels, residual, arch)
+    columns = 64 if shape.in_channels <= 64 else 128
+    if 100 <= arch < 120:  # a thread holds whole rows of dy, and all of the vectors beside them
+        return Config(64, columns, 32, 8, 3)
+    if residual == 2:  # eight warps: the epilogue's operands beside each other
+        return Config(64, 64, 64, 8, 2)
+    return Config(64, columns, 64 if arch == 90 else 32, 4, 3)
+
+
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
     if shape is not None and shape.kernel != (1, 1) and kernel != "dgrad":
@@ -159,6 +173,9 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     if kernel == "fwd":
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))]
+    if kernel == "dgrad" and shape is not None and shape.kernel != (1, 1):
+        blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
+        return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (64, 3), (32, 3))]
     if kernel == "dgrad":
         blocks = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]

@@ -5,15 +5,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from fusedres._conv import Conv, Source, Upstream
+from fusedres._conv import Conv, Source
 from fusedres.triton_kernels._args import acc, rows, vectors
 from fusedres.triton_kernels._configs import Config
 from fusedres.triton_kernels._gemm import (
-    Dgrad,
     all_ones,
     chunks,
     config_for,
@@ -23,11 +21,11 @@ from fusedres.triton_kernels._gemm import (
     splits,
 )
 from fusedres.triton_kernels._launch import launch
-from fusedres.triton_kernels.batch_norm import batch_norm_bwd
-from fusedres.triton_kernels.bn_act import bn_act_bwd, bn_act_fwd
+from fusedres.triton_kernels._spatial_dgrad import dgrad
 from fusedres.triton_kernels.device.conv_bn_spatial_fwd import conv_bn_spatial_fwd_kernel
 from fusedres.triton_kernels.device.conv_bn_spatial_wgrad import conv_bn_spatial_wgrad_kernel
 
+__all__ = ["dgrad", "fwd", "wgrad"]
 _WIDE_MAP = 2**15  # a side of a map of which products with a row's place exceed 32 bits
 
 
@@ -59,38 +57,6 @@ def fwd(
         num_stages=config.num_stages,
     )  # fmt: skip
     return part, tiles * config.BM
-
-
-def dgrad(
-    up: Upstream,
-    source: Source,  # x [N, C, H, W]
-    a: Tensor | None,
-    grad_a: Tensor | None,  # like x: the gradient of the emitted activation
-    weight: Tensor,  # [K, C, R, S]
-    conv: Conv,
-    need_dy: bool,
-) -> Dgrad:
-    """g_in, its sums as one partial row, and dy: by the library, between light passes."""
-    assert a is None
-    x, (top, bottom, left, right) = source.x, conv.padding
-    dy, *_ = batch_norm_bwd(*up[:1], *up[2:6], up.sums, up.training, None, None)
-    padded = F.pad(x, (left, right, top, bottom))
-    if x.size(0) == 0:
-        da = torch.zeros_like(x)
-    else:
-        da, *_ = torch.ops.aten.convolution_backward(
-            dy, padded, weight, None, conv.stride, (0, 0), conv.dilation, False, [0, 0], 1,
-            [True, False, False],
-        )  # fmt: skip
-        da = da[:, :, top : top + x.size(2), left : left + x.size(3)]
-    da = da.contiguous(memory_format=torch.channels_last)
-    if source.mean is None:
-        return Dgrad(da if grad_a is None else da + grad_a, None, dy if need_dy else None)
-    mask = bn_act_fwd(*source) if source.relu else None
-    res_y = source.residual if source.res_mean is not None else None
-    g_in, sums, res_sums = bn_act_bwd(da, grad_a, mask, x, source.mean, res_y, source.res_mean)
-    part = sums if res_sums is None else torch.cat([sums, res_sums[1:]])
-    return Dgrad(g_in, part[None], dy if need_dy else None)
 
 
 def wgrad(

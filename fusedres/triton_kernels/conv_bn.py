@@ -107,6 +107,26 @@ def conv_bn_bwd(
     return None if found is None else found.g_in, in_sums, res_sums, dw, dweight, dbias
 
 
+def conv_bn_dgrad(
+    source: Source,  # x [N, C, H, W]
+    weight: Tensor,  # [K, C, R, S] in x's dtype
+    conv: Conv,
+    a: Tensor | None,  # like x: the activation, if it was emitted or kept
+    up: Upstream,
+    dy: Tensor,  # like y
+    grad_a: Tensor | None,  # like x: the gradient of the emitted activation
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """g_in like x, its sums [2, C] and a Deferred residual's sums [2, C], of a dy that is there."""
+    op = "conv_bn_dgrad"
+    _check(op, source, weight, conv)
+    _check_bwd(op, source, weight, conv, a, None, up, grad_a, False)
+    check(op, up.y, {"dy": dy})
+    found = _spatial.dgrad(up, source, a, grad_a, weight, conv, True, dy)
+    kind = residual_kind(source)
+    in_sums, res_sums, *_ = _finish(source.x, found, kind, None, weight, None, up, None, None)
+    return found.g_in, in_sums, res_sums
+
+
 def _finish(
     x: Tensor,  # [N, C, H, W]
     found: Dgrad | None,
