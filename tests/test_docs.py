@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from fusedres._plans import DATAFLOWS
+from fusedres.bench import roofline
 from fusedres.bench import rows as results
 from fusedres.bench.report import readme_tables
 from fusedres.bench.rows import Row
@@ -93,6 +95,13 @@ def test_every_speed_in_the_readme_is_a_rows(  # not by the code that wrote it
         assert {cell.strip("| ") for line in body for cell in line} == {"not measured"}
     prose = (ROOT / "README.md").read_text().replace(tables_of_the_readme(), "")
     assert not re.search(r"\d\.\d+ ?x\b|\d+ img/s|\d+(\.\d+)? ms\b", prose)
+
+
+def test_the_table_of_plans_is_that_of_the_byte_model() -> None:
+    names = [name for name in ("compiler", "library", *DATAFLOWS) if name in roofline.DATAFLOWS]
+    page = (ROOT / "docs" / "plans.md").read_text()
+    begin, end = "<!-- byte model -->", "<!-- end of byte model -->"
+    assert f"{begin}\n{roofline.markdown(names)}\n{end}" in page
 
 
 def test_limits_are_of_what_was_measured() -> None:

@@ -176,6 +176,17 @@ def seconds(flops: float, bytes: float, bandwidth: float, peak: float) -> float:
     return max(bytes / bandwidth, flops / peak)
 
 
+def markdown(names: Sequence[str]) -> str:
+    """A table of dataflows for a page: what each moves, and what that is less than the first."""
+    first = megabytes(names[0])
+    head = ["| plan | what it is | MB an image | less |", "|---|---|---:|---:|"]
+    rows = [
+        f"| `{n}` | {DATAFLOWS[n].title} | {megabytes(n):.1f} | {first - megabytes(n):.1f} |"
+        for n in names
+    ]
+    return "\n".join([*head, *rows])
+
+
 class _Place:
     """Where a script's names have a meaning: sizes [bytes] by the tensors that share one."""
 
