@@ -112,7 +112,7 @@ def conv_bn_bwd(
         a = materialise(light, source)
     da, dw = convolution_backward(dy, a, weight, conv, need_input, need_weight)
     if dw is not None:
-        dw = torch.empty_like(parameter).copy_(dw) if _differs(dw, parameter) else dw
+        dw = stored_as(dw, parameter)
     if da is None:
         return None, None, None, dw
     da = da.contiguous(memory_format=memory_format)
@@ -127,5 +127,8 @@ def conv_bn_bwd(
     return g, sums, res_sums, dw
 
 
-def _differs(dw: Tensor, parameter: Tensor) -> bool:
-    return dw.dtype != parameter.dtype or dw.stride() != parameter.stride()
+def stored_as(dw: Tensor, parameter: Tensor) -> Tensor:
+    """dw in the dtype and strides of its parameter, which autograd would copy it to else."""
+    if dw.dtype == parameter.dtype and dw.stride() == parameter.stride():
+        return dw
+    return torch.empty_like(parameter).copy_(dw)

@@ -349,7 +349,7 @@ class ConvBNFunction(torch.autograd.Function):
 # --- the public function --------------------------------------------------------------------------
 
 
-def _check_conv(
+def check_conv(
     op: str,
     x: Tensor,
     weight: object,
@@ -496,7 +496,7 @@ def conv_bn(
         x = input.y
     else:
         x = contract.check_tensor(op, "input", input)
-    weight, conv = _check_conv(op, x, weight, stride, padding, dilation, groups)
+    weight, conv = check_conv(op, x, weight, stride, padding, dilation, groups)
     bn = contract.check_batch_norm(
         op,
         x,
