@@ -48,6 +48,7 @@ DEVICES = {
     "gfx942": Device("hip", "gfx942", 64, 65536, 65536, 0, r"v_mfma"),
 }
 GEMMS = ("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel", "conv_bn_wgrad_kernel")
+GEMMS += ("conv_bn_stem_fwd_kernel", "conv_bn_stem_wgrad_kernel")
 
 
 def load(module: str) -> types.ModuleType:

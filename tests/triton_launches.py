@@ -23,9 +23,10 @@ from torch import Tensor
 
 import fusedres
 from fusedres import backends
+from fusedres._conv import Conv, Source
 from fusedres.library import conv_bn as library
-from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres.triton_kernels import _configs, _gemm, _launch
+from fusedres.ops import batch_norm, bn_act, conv_bn, conv_bn_relu_maxpool
+from fusedres.triton_kernels import _configs, _gemm, _launch, _stem
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels._launch import Launch
 
@@ -34,6 +35,7 @@ _TYPES = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
 }
 
 
@@ -77,6 +79,20 @@ def model_step(batch: int, size: int, **options: Any) -> None:
     out.backward(torch.empty_like(out))
 
 
+def stem_step(batch: int, size: int) -> None:
+    """The stem of a ResNet by its fused plan in bf16, and the kernel that takes dy as it is."""
+    x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    weight = torch.empty(64, 3, 7, 7, dtype=torch.bfloat16, requires_grad=True)
+    norm = [torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)]
+    with fusedres.use_plan("fused"):
+        p = conv_bn_relu_maxpool(x, weight, *norm, stride=2, padding=3)
+        p.backward(torch.empty_like(p))
+    dy = torch.empty(batch, 64, size // 2, size // 2, dtype=torch.bfloat16)
+    dy = dy.to(memory_format=torch.channels_last)
+    conv = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1)
+    _stem.wgrad(Source(x, *(None,) * 7, False), dy, weight.detach(), conv)
+
+
 def rare_variants(dtype: torch.dtype) -> None:
     """What no ResNet-50 launches but a caller of the ops may: odd sizes, residuals not emitted."""
     for shape, outs in (((8, 64, 56, 56), 64), ((8, 256, 28, 28), 128), ((3, 5, 7, 7), 11)):
@@ -118,9 +134,10 @@ def described(launch: Launch) -> dict[str, Any]:
             arguments.append([name, kind, value % 16 == 0 and name not in general])
     sizes = launch.arguments()
     depth = {"conv_bn_fwd_kernel": "C", "conv_bn_dgrad_kernel": "K"}.get(launch.name)
+    shallow = depth is not None and sizes[depth] <= 128
     return {
-        # one or two steps deep: another program should run beside its epilogue
-        "want": 2 if depth is not None and sizes[depth] <= 128 else 1,
+        # few steps deep: another program should run beside its epilogue
+        "want": 2 if shallow or launch.name == "conv_bn_stem_fwd_kernel" else 1,
         "module": launch.kernel.fn.__module__.rsplit(".", 1)[1],
         "kernel": launch.name,
         "arguments": arguments,
@@ -147,6 +164,7 @@ def main() -> None:
     for target in options.targets:
         with dry(target) as launches:
             model_step(256, 224)
+            stem_step(256, 224)
             if target in options.rare:
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)

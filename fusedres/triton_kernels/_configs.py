@@ -19,6 +19,7 @@ from fusedres._plan_table import Shape, lookup
 
 HIP = 0  # the arch of what is not CUDA
 MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
+STEM_CHANNELS = 4  # the most that the kernels for images take
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def config_of(
-    kernel: str,  # "fwd", "dgrad", "wgrad"; "bwd" for the last two in one
+    kernel: str,  # "fwd", "dgrad", "wgrad"; "bwd" for the last two in one; "stem_wgrad"
     device: str,
     dtype: torch.dtype,
     shape: Shape,
@@ -85,6 +86,8 @@ def _config_of(
 def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """What is taken where nothing was measured."""
     channels = (shape.in_channels, shape.out_channels)
+    if kernel == "stem_wgrad" or (shape.in_channels <= STEM_CHANNELS and shape.kernel != (1, 1)):
+        return _stem_rule(kernel, itemsize, arch)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
 
@@ -117,6 +120,17 @@ def _pointwise_rule(
         return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
     wide = in_channels > 64 and not residual and wgmma
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
+
+
+def _stem_rule(kernel: str, itemsize: int, arch: int) -> Config:
+    """Of the kernels for images; fwd's BK is a row of its window, whatever stands here."""
+    if itemsize == 8:
+        return Config(32, 32, 32, 4, 1)
+    if kernel == "fwd":
+        return Config(128, 64, 32, 4, 1 if arch == HIP else 4)
+    if itemsize == 4 or arch == HIP:
+        return Config(32, 128, 64, 8, 1)
+    return Config(32, 256, 64, 8, 2)
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:

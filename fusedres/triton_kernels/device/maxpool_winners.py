@@ -13,8 +13,8 @@ falls into the padding goes by the nearest pixel, as in bn_relu_maxpool.
 
 Winners: a program takes BM windows and BC channels. Reads y (from cache but for its first window),
 writes a byte a window: 2.25 bytes per bf16 element of y at stride 2.
-Sums, dy: the grid is (tiles of C, chunks of pixels), a chunk being `tiles` tiles of BM pixels. Reads
-y, grad and winners; sums write one partial row a program: 2.75 bytes per bf16 element of y at
+Sums, dy: the grid is (tiles of C, chunks of pixels), a chunk being `tiles` tiles of BM pixels.
+Reads y, grad and winners; sums write one partial row a program: 2.75 bytes per bf16 element of y at
 stride 2; dy writes as much as y: 4.75.
 """
 
