@@ -31,7 +31,8 @@ class Pool(NamedTuple):
     rstd: Tensor
     sums: Tensor  # [2, K]
     training: bool
-    window: tuple[int, int, int]  # kernel_size, stride, padding
+    padding: int  # of the 3x3 window of stride 2
+    cells: tuple[int, int]  # of 2x2 pixels that start where windows do
 
 
 def serves(weight: Tensor, conv: Conv) -> bool:
@@ -73,20 +74,22 @@ def wgrad(
     pool: Pool | None = None,
 ) -> Tensor:
     """Partial dw [splits, K, R, S, C]."""
-    x, (outs, channels, *kernel), m = source.x, weight.shape, rows(dy)
-    config = config_for("wgrad" if pool is None else "stem_wgrad", x, weight, conv, m)
+    x, (outs, channels, *kernel) = source.x, weight.shape
+    cells = dy.shape[2:] if pool is None else pool.cells
+    count = dy.size(0) * cells[0] * cells[1]
+    config = config_for("wgrad" if pool is None else "stem_wgrad", x, weight, conv, rows(dy))
     image, filled = _padded(x, weight, conv, dy), _taps(weight.size(3))
     grid = (triton.cdiv(outs, config.BK), triton.cdiv(4 * weight.size(2) * filled, config.BN))
-    tiles, parts = splits(m, config, grid[0] * grid[1], x.device)
+    tiles, parts = splits(count, config, grid[0] * grid[1], x.device)
     part = empty(x, parts, outs, *kernel, channels)
     given = (None,) * 6 if pool is None else pool[:6]
     pooled = (0, 0) if pool is None else pool.grad.shape[2:]
-    window = (True, 1, 1, 0) if pool is None else (pool.training, *pool.window)
+    own = (False, True, 0) if pool is None else (True, pool.training, pool.padding)
     launch(
         conv_bn_stem_wgrad_kernel,
         (*grid, parts),
-        image, dy, *given, part, m, outs, image.size(1), image.stride(1), *dy.shape[2:], *pooled,
-        tiles, channels, *kernel, filled, *conv.stride, pool is not None, *window,
+        image, dy, *given, part, rows(dy), outs, count, image.size(1), image.stride(1),
+        *dy.shape[2:], *pooled, *cells, tiles, channels, *kernel, filled, *conv.stride, *own,
         precision(x.dtype), acc(x.dtype), config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

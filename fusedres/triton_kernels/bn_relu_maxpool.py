@@ -24,7 +24,7 @@ from fusedres.triton_kernels.device.maxpool_winners import (
 
 # accesses of 16 bytes a thread makes at each tap; the taps are what keeps memory busy
 LOADS = {"bn_relu_maxpool_fwd": 2, "bn_relu_maxpool_bwd": 1}
-LOADS |= {"maxpool_winners": 1, "maxpool_winners_sums": 2, "maxpool_winners_dy": 2}
+LOADS |= {"maxpool_winners": 1, "maxpool_winners_bwd": 1}
 UNROLLED = 3  # the largest kernel_size whose taps are
 
 
@@ -97,9 +97,7 @@ def bn_relu_maxpool_bwd(
     height, width = _pooled(y, kernel_size, stride, padding)
     check_dense(op, "grad", grad, (*y.shape[:2], height, width), y, torch.channels_last)
     g = like(y)
-    cell = 2 if (kernel_size, stride) == (3, 2) else 1
-    # cells of 2 start where windows do, `padding` before the image; those of 1 are its pixels
-    cells = [(e + padding + 1) // 2 if cell == 2 else e for e in y.shape[2:]]
+    cell, cells = cells_of(y, (kernel_size, stride, padding))
     count, channels = y.size(0) * cells[0] * cells[1], y.size(1)
     block_rows, columns, even = tile(channels, count, y.dtype, LOADS[op])
     across = triton.cdiv(channels, columns)
@@ -138,11 +136,13 @@ def maxpool_winners(
     )
     count, channels = rows(winners), y.size(1)
     block_rows, columns, even = tile(channels, count, y.dtype, LOADS[op])
+    across = triton.cdiv(channels, columns)
+    tiles, parts = chunks(count, block_rows, across)
     launch(
         maxpool_winners_kernel,
-        (triton.cdiv(channels, columns) * triton.cdiv(count, block_rows),),
-        *(y, mean, scale, bias, winners, count, channels, *y.shape[2:], height, width, *window),
-        *(window[0] <= UNROLLED, acc(y.dtype), even, block_rows, columns),
+        (across, parts),
+        *(y, mean, scale, bias, winners, count, channels, *y.shape[2:], height, width, tiles),
+        *(*window, window[0] <= UNROLLED, acc(y.dtype), even, block_rows, columns),
         num_warps=WARPS,
     )
     return winners
@@ -156,17 +156,10 @@ def maxpool_sums(
     window: Window,
 ) -> Tensor:
     """The sums [2, C] that bn_relu_maxpool_bwd gives beside g, without writing g."""
-    op = "maxpool_winners_sums"
+    op = "maxpool_sums"
     _check_pooled(op, grad, winners, y, {"mean": mean}, window)
-    (block_rows, columns, even), (tiles, parts), across = _pixels(op, y)
-    part = vectors(y, parts, 2)
-    launch(
-        maxpool_winners_bwd_kernel,
-        (across, parts),
-        *(grad, winners, y, mean, *(None,) * 6, part, rows(y), y.size(1), *y.shape[2:]),
-        *(*grad.shape[2:], tiles, False, True, *window, acc(y.dtype), even, block_rows, columns),
-        num_warps=WARPS,
-    )
+    part = _launch_bwd(grad, winners, y, (mean, *(None,) * 6), window, False, True)
+    assert part is not None
     sums, _ = finish_sums(part, y)
     return sums
 
@@ -185,7 +178,7 @@ def maxpool_dy(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What batch_norm_bwd makes of bn_relu_maxpool_bwd's g, without reading g."""
-    op = "maxpool_winners_dy"
+    op = "maxpool_dy"
     per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
     _check_pooled(op, grad, winners, y, per_channel, window)
     dy = like(y)
@@ -195,15 +188,8 @@ def maxpool_dy(
         None if dtype is None else torch.empty(y.size(1), dtype=dtype, device=y.device)
         for dtype in (weight_dtype, bias_dtype)
     )
-    (block_rows, columns, even), _, across = _pixels(op, y)
-    launch(
-        maxpool_winners_bwd_kernel,
-        (across, triton.cdiv(rows(y), block_rows)),
-        *(grad, winners, y, mean, scale, rstd, sums, dy, dweight, dbias, None),
-        *(rows(y), y.size(1), *y.shape[2:], *grad.shape[2:], 1, True, training, *window),
-        *(acc(y.dtype), even, block_rows, columns),
-        num_warps=WARPS,
-    )
+    given = (mean, scale, rstd, sums, dy, dweight, dbias)
+    _launch_bwd(grad, winners, y, given, window, True, training)
     return dy, dweight, dbias
 
 
@@ -245,8 +231,38 @@ def _check_pooled(
         raise ValueError(f"{op}: winners do not belong to grad, got {described(winners)}")
 
 
-def _pixels(op: str, y: Tensor) -> tuple[tuple[int, int, bool], tuple[int, int], int]:
-    """The tile over y's pixels, its chunks, and tiles of channels."""
-    shape = tile(y.size(1), rows(y), y.dtype, LOADS[op])
-    across = triton.cdiv(y.size(1), shape[1])
-    return shape, chunks(rows(y), shape[0], across), across
+def _launch_bwd(
+    grad: Tensor,
+    winners: Tensor,
+    y: Tensor,
+    given: tuple[Tensor | None, ...],  # the kernel's arguments from mean to dbias
+    window: Window,
+    dy: bool,
+    training: bool,
+) -> Tensor | None:
+    """The partial rows of sums, unless dy."""
+    cell, cells = cells_of(y, window)
+    count, channels = y.size(0) * cells[0] * cells[1], y.size(1)
+    block_rows, columns, even = tile(channels, count, y.dtype, LOADS["maxpool_winners_bwd"])
+    across = triton.cdiv(channels, columns)
+    tiles, parts = chunks(count, block_rows, across)
+    part = None if dy else vectors(y, parts, 2)
+    launch(
+        maxpool_winners_bwd_kernel,
+        (across, parts),
+        *(grad, winners, y, *given, part, rows(y), channels, count, *y.shape[2:]),
+        *(*grad.shape[2:], *cells, tiles, dy, training, cell, *window),
+        *(acc(y.dtype), even, block_rows, columns),
+        num_warps=WARPS,
+    )
+    return part
+
+
+def cells_of(y: Tensor, window: Window) -> tuple[int, tuple[int, int]]:
+    """Side of the cells that a pool's backward takes y's pixels in, and how many down and across.
+
+    Cells of 2 start where windows do, `padding` before the image; those of 1 are its pixels.
+    """
+    if window[:2] != (3, 2):
+        return 1, (y.size(2), y.size(3))
+    return 2, ((y.size(2) + window[2] + 1) // 2, (y.size(3) + window[2] + 1) // 2)

@@ -20,6 +20,8 @@ from fusedres.triton_kernels.batch_norm import batch_norm_fwd, finish_statistics
 from fusedres.triton_kernels.bn_relu_maxpool import (
     Window,
     bn_relu_maxpool_fwd,
+    cells_of,
+    maxpool_dy,
     maxpool_sums,
     maxpool_winners,
 )
@@ -73,8 +75,15 @@ def conv_bn_relu_maxpool_bwd(
     check(op, y, {}, {"mean": mean, "scale": scale, "rstd": rstd})
     winners = maxpool_winners(y, mean, scale, bias, window)
     sums = maxpool_sums(grad, winners, y, mean, window)
-    pool = _stem.Pool(grad, winners, mean, scale, rstd, sums, training, window)
-    part, dw = _stem.wgrad(_plain(x), y, weight, conv, pool), torch.empty_like(parameter)
+    cell, cells = cells_of(y, window)
+    if cell == 2:
+        pool = _stem.Pool(grad, winners, mean, scale, rstd, sums, training, window[2], cells)
+        part = _stem.wgrad(_plain(x), y, weight, conv, pool)
+    else:
+        given = (grad, winners, y, mean, scale, rstd, sums, window, training)
+        dy, *_ = maxpool_dy(*given, None, None)
+        part = _stem.wgrad(_plain(x), dy, weight, conv)
+    dw = torch.empty_like(parameter)
     outs, channels, *kernel = weight.shape
     dweight = None if weight_dtype is None else empty(x, outs, dtype=weight_dtype)
     dbias = None if bias_dtype is None else empty(x, outs, dtype=bias_dtype)
