@@ -113,6 +113,14 @@ def rare_variants(dtype: torch.dtype) -> None:
         d = batch_norm(x, *norm, residual=r)
         d.value().backward(torch.empty_like(x))
         fusedres.add_relu(x, r).backward(torch.empty_like(x))
+    for channels, outs, window in ((1, 11, (3, 2, 0)), (3, 64, (2, 2, 0)), (4, 64, (3, 2, 1))):
+        x = torch.empty(8, channels, 65, 63, dtype=dtype, memory_format=torch.channels_last)
+        weight = torch.empty(outs, channels, 5, 3, dtype=dtype, requires_grad=True)
+        with fusedres.use_plan("fused"):
+            p = conv_bn_relu_maxpool(
+                x, weight, kernel_size=window[0], pool_stride=window[1], pool_padding=window[2]
+            )
+            p.backward(torch.empty_like(p))
 
 
 def described(launch: Launch) -> dict[str, Any]:

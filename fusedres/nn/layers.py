@@ -109,7 +109,7 @@ def apply_conv_bn(
     emit: bool = False,
 ) -> Deferred | tuple[Deferred, Tensor]:
     """conv_bn with the parameters, statistics and mode of two modules, as if called."""
-    result: Any = conv_bn(  # type: ignore[call-overload, misc]
+    result: Any = conv_bn(  # type: ignore[call-overload]
         input,
         conv.weight,
         **_options(conv, bn, padding),

@@ -94,23 +94,22 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
         kernel = backends.kernels(backend, OP).conv_bn_relu_maxpool_fwd
         p, y, statistics = kernel(x, weight, conv, bn, window)
     else:
-        pool, statistics_of = (backends.kernels(backend, n) for n in _LIGHT)
+        light = (backends.kernels(backend, n) for n in ("bn_relu_maxpool", "batch_norm"))
         p, y, statistics = split.conv_bn_relu_maxpool_fwd(
-            pool, statistics_of, x, weight, conv, memory_format_of(x), bn, window
+            *light, x, weight, conv, memory_format_of(x), bn, window
         )
     return p, y, *statistics
 
 
-_LIGHT = ("bn_relu_maxpool", "batch_norm")
-
-
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     (x, parameter, _, conv, window), _ = _Operands.of(args)
-    like = {"dtype": x.dtype, "device": x.device, "memory_format": memory_format_of(x)}
     n, k, oh, ow = output_shape(x.shape, parameter.shape, conv)
-    y = torch.empty((n, k, oh, ow), **like)  # type: ignore[arg-type]
-    shape = (n, k, pooled(oh, *window), pooled(ow, *window))
-    return torch.empty(shape, **like), y, *statistics_fake(y)  # type: ignore[arg-type]
+    shapes = ((n, k, pooled(oh, *window), pooled(ow, *window)), (n, k, oh, ow))
+    p, y = (
+        torch.empty(s, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+        for s in shapes
+    )
+    return p, y, *statistics_fake(y)
 
 
 def _bwd(*args: Any) -> tuple[Tensor, ...]:

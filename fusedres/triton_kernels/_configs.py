@@ -87,7 +87,7 @@ def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> 
     """What is taken where nothing was measured."""
     channels = (shape.in_channels, shape.out_channels)
     if kernel == "stem_wgrad" or (shape.in_channels <= STEM_CHANNELS and shape.kernel != (1, 1)):
-        return _stem_rule(kernel, itemsize, arch)
+        return _stem_rule(kernel, itemsize, shape.out_channels, arch)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
 
@@ -122,15 +122,20 @@ def _pointwise_rule(
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
 
 
-def _stem_rule(kernel: str, itemsize: int, arch: int) -> Config:
+def _stem_rule(kernel: str, itemsize: int, out_channels: int, arch: int) -> Config:
     """Of the kernels for images; fwd's BK is a row of its window, whatever stands here."""
+    wgmma = 90 <= arch < 120
     if itemsize == 8:
         return Config(32, 32, 32, 4, 1)
     if kernel == "fwd":
         return Config(128, 64, 32, 4, 1 if arch == HIP else 4)
+    if out_channels % 8:  # element by element
+        return Config(16, 64, 32, 4, 1)
     if itemsize == 4 or arch == HIP:
-        return Config(32, 128, 64, 8, 1)
-    return Config(32, 256, 64, 8, 2)
+        return Config(16 if kernel == "stem_wgrad" else 32, 128, 64, 8, 1)
+    if kernel == "stem_wgrad":  # a pool's winners beside the accumulator: one program at a time
+        return Config(32, 256, 64, 8, 2) if wgmma else Config(16, 256, 64, 8, 1)
+    return Config(32, 256, 64, 8, 3) if wgmma else Config(32, 128, 64, 8, 2)
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:

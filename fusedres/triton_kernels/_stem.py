@@ -59,7 +59,8 @@ def fwd(
         (triton.cdiv(outs, config.BN) * parts,),
         image, _packed(weight, filled), y, part, m, outs, image.size(1), image.stride(1),
         *y.shape[2:], tiles, *weight.shape[2:], filled, *conv.stride, stats, tiles > 1,
-        precision(x.dtype), acc(x.dtype), config.BM, config.BN, min(4 * filled, 64),
+        y.size(3) >= config.BM, precision(x.dtype), acc(x.dtype), config.BM, config.BN,
+        min(4 * filled, 64),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -90,7 +91,7 @@ def wgrad(
         (*grid, parts),
         image, dy, *given, part, rows(dy), outs, count, image.size(1), image.stride(1),
         *dy.shape[2:], *pooled, *cells, tiles, channels, *kernel, filled, *conv.stride, *own,
-        precision(x.dtype), acc(x.dtype), config.BM, config.BN, config.BK,
+        cells[1] >= config.BM, precision(x.dtype), acc(x.dtype), config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip

@@ -142,7 +142,8 @@ def maxpool_winners(
         maxpool_winners_kernel,
         (across, parts),
         *(y, mean, scale, bias, winners, count, channels, *y.shape[2:], height, width, tiles),
-        *(*window, window[0] <= UNROLLED, acc(y.dtype), even, block_rows, columns),
+        *(*window, window[0] <= UNROLLED, block_rows <= width, acc(y.dtype)),
+        *(even, block_rows, columns),
         num_warps=WARPS,
     )
     return winners
@@ -251,7 +252,7 @@ def _launch_bwd(
         maxpool_winners_bwd_kernel,
         (across, parts),
         *(grad, winners, y, *given, part, rows(y), channels, count, *y.shape[2:]),
-        *(*grad.shape[2:], *cells, tiles, dy, training, cell, *window),
+        *(*grad.shape[2:], *cells, tiles, dy, training, cell, *window, block_rows <= cells[1]),
         *(acc(y.dtype), even, block_rows, columns),
         num_warps=WARPS,
     )

@@ -41,11 +41,12 @@ def conv_bn_relu_maxpool_fwd(
     _check("conv_bn_relu_maxpool_fwd", x, weight, conv)
     out = output_shape(x.shape, weight.shape, conv)
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    *norm, training, momentum, eps = bn
+    bn_weight, bn_bias, running_mean, running_var, training, momentum, eps = bn
     part, rows_per_part = _stem.fwd(_plain(x), weight, conv, y, None, training and rows(y) > 0)
     if part is None:
         statistics = batch_norm_fwd(y, *bn)
     else:
+        norm = (bn_weight, bn_bias, running_mean, running_var)
         statistics = finish_statistics(part, rows_per_part, y, *norm, momentum, eps)
     mean, _, _, scale, bias = statistics
     return bn_relu_maxpool_fwd(y, mean, scale, bias, *window), y, statistics

@@ -17,7 +17,7 @@ writes K of y. Saved for backward: the image and y.
 import triton
 import triton.language as tl
 
-from fusedres.triton_kernels.device.bn_relu_maxpool import place_of
+from fusedres.triton_kernels.device.bn_relu_maxpool import place_within
 from fusedres.triton_kernels.device.reduction import merge_moments, tile_moments
 
 
@@ -41,6 +41,7 @@ def conv_bn_stem_fwd_kernel(
     SW: tl.constexpr,
     STATS: tl.constexpr,
     LOOP: tl.constexpr,  # tiles > 1
+    WIDE: tl.constexpr,  # BM is at most OW
     PRECISION: tl.constexpr,  # of fp32 products: "tf32" or "ieee"
     ACC: tl.constexpr,
     BM: tl.constexpr,
@@ -59,13 +60,13 @@ def conv_bn_stem_fwd_kernel(
     if LOOP:
         last = tl.minimum(tiles, tl.cdiv(M, BM) - first)
     for i in tl.range(0, last, disable_licm=True):
-        row0 = (first + i).to(tl.int64) * BM
+        row0 = tl.cast(first + i, M.dtype) * BM
         count = tl.minimum(M - row0, BM).to(tl.int32)
         local = tl.arange(0, BM)
         valid = (local < count)[:, None]
         local = tl.minimum(local, count - 1)
-        image, oh, ow = place_of(row0, local, OH, OW)
-        windows = x_ptr + (image * HP + oh * SH) * row_stride + ow * (4 * SW)
+        image, oh, ow = place_within(row0, local, OH, OW, WIDE)
+        windows = x_ptr + (image.to(tl.int64) * HP + oh * SH) * row_stride + ow * (4 * SW)
         acc = tl.zeros((BM, BN), ACC)
         for k in range(0, R * pieces):
             at = k // pieces * row_stride + k % pieces * BK
@@ -81,7 +82,7 @@ def conv_bn_stem_fwd_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
         y = acc.to(y_ptr.dtype.element_ty)
         at = local[:, None] * K + cols[None, :]
-        tl.store(y_ptr + row0 * K + at, y, mask=valid & inside[None, :])
+        tl.store(y_ptr + row0.to(tl.int64) * K + at, y, mask=valid & inside[None, :])
         if STATS:
             mean, m2 = tile_moments(y.to(ACC), valid, count.to(ACC))
             row = part_ptr + chunk * 2 * K + cols

@@ -20,7 +20,7 @@ of dy, or K of y with a gradient and a byte for each window; writes splits*K*R*S
 import triton
 import triton.language as tl
 
-from fusedres.triton_kernels.device.bn_relu_maxpool import place_of
+from fusedres.triton_kernels.device.bn_relu_maxpool import place_within
 from fusedres.triton_kernels.device.maxpool_winners import cell_gradients, coefficients
 
 
@@ -56,6 +56,7 @@ def conv_bn_stem_wgrad_kernel(
     POOL: tl.constexpr,
     TRAINING: tl.constexpr,
     PADDING: tl.constexpr,  # of the pool
+    WIDE: tl.constexpr,  # BM is at most CW
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BM: tl.constexpr,
@@ -80,7 +81,7 @@ def conv_bn_stem_wgrad_kernel(
         row0 = tl.cast(tile, rows.dtype) * BM
         count = tl.minimum(rows - row0, BM).to(tl.int32)
         valid = local < count
-        image, ch, cw = place_of(row0, tl.minimum(local, count - 1), CH, CW)
+        image, ch, cw = place_within(row0, tl.minimum(local, count - 1), CH, CW, WIDE)
         if POOL:
             gradients = cell_gradients(
                 grad_ptr, winners_ptr, image, ch, cw, valid, ck, in_k, PH, PW, K, ACC
@@ -89,7 +90,9 @@ def conv_bn_stem_wgrad_kernel(
                 oh = ch * 2 + (p // 2 - PADDING)
                 ow = cw * 2 + (p % 2 - PADDING)
                 exists = valid & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-                y = _pixels(dy_ptr, image, oh, ow, OH, OW, K, ck, exists, in_k)
+                at = ((image.to(tl.int64) * OH + oh) * OW + ow) * K
+                mask = exists[:, None] & in_k[None, :]
+                y = tl.load(dy_ptr + at[:, None] + ck[None, :], mask=mask, other=0.0)
                 dy = gradients[p].to(y.dtype).to(ACC) * scale
                 if TRAINING:
                     dy += c0 + c1 * (y.to(ACC) - mean)
@@ -99,7 +102,8 @@ def conv_bn_stem_wgrad_kernel(
                 )
                 acc = tl.dot(x, dy.to(y.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
         else:
-            dy = _pixels(dy_ptr, image, ch, cw, OH, OW, K, ck, valid, in_k)
+            at = row0.to(tl.int64) * K + local[:, None] * K + ck[None, :]
+            dy = tl.load(dy_ptr + at, mask=valid[:, None] & in_k[None, :], other=0.0)
             x = _patches(x_ptr, image, ch, cw, HP, row_stride, taps_at, in_window, valid, SH, SW)
             acc = tl.dot(x, dy, acc, input_precision=PRECISION, out_dtype=ACC)
     tap = taps // 4
@@ -111,14 +115,6 @@ def conv_bn_stem_wgrad_kernel(
         acc,
         mask=in_k[None, :] & stored[:, None],
     )
-
-
-@triton.jit
-def _pixels(ptr, image, oh, ow, OH, OW, K, ck, exists, in_k):
-    """Rows [BM, BK] of y or dy at pixels (oh, ow); zeros where none exists."""
-    at = ((image.to(tl.int64) * OH + oh) * OW + ow) * K
-    mask = exists[:, None] & in_k[None, :]
-    return tl.load(ptr + at[:, None] + ck[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

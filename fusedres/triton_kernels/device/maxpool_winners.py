@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fusedres.triton_kernels.device.activation import normalized
-from fusedres.triton_kernels.device.bn_relu_maxpool import place_of, tap, winner
+from fusedres.triton_kernels.device.bn_relu_maxpool import place_within, tap, winner
 
 # a winner is 16*(row within its window) + column; windows are at most 15 wide
 NOTHING: tl.constexpr = tl.constexpr(255)
@@ -47,6 +47,7 @@ def maxpool_winners_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     UNROLL: tl.constexpr,  # the loop over taps
+    WIDE: tl.constexpr,  # BM is at most OW
     ACC: tl.constexpr,
     EVEN: tl.constexpr,  # BC divides C
     BM: tl.constexpr,
@@ -62,7 +63,7 @@ def maxpool_winners_kernel(
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BM))):
         row0 = tl.cast(tile, M.dtype) * BM  # divisions of 64 bits cost as much as a tap
         count = tl.minimum(M - row0, BM).to(tl.int32)
-        image, oh, ow = place_of(row0, tl.minimum(local, count - 1), OH, OW)
+        image, oh, ow = place_within(row0, tl.minimum(local, count - 1), OH, OW, WIDE)
         top = oh * STRIDE - PADDING
         left = ow * STRIDE - PADDING
         images = y_ptr + (image.to(tl.int64) * (H * W) * C)[:, None] + cols[None, :]
@@ -114,16 +115,19 @@ def cell_gradients(
     """
     grads = grad_ptr + (image.to(tl.int64) * (OH * OW) * C)[:, None] + cols[None, :]
     places = winners_ptr + (image.to(tl.int64) * (OH * OW) * C)[:, None] + cols[None, :]
-    k11, d11 = _window(grads, places, ch, cw, OH, OW, C, valid, inside, ACC)
-    k10, d10 = _window(grads, places, ch, cw - 1, OH, OW, C, valid, inside, ACC)
-    k01, d01 = _window(grads, places, ch - 1, cw, OH, OW, C, valid, inside, ACC)
-    k00, d00 = _window(grads, places, ch - 1, cw - 1, OH, OW, C, valid, inside, ACC)
-    g00 = tl.where(k11 == 0, d11, 0.0) + tl.where(k10 == 2, d10, 0.0)
-    g00 += tl.where(k01 == 32, d01, 0.0)
-    g00 += tl.where(k00 == 34, d00, 0.0)
-    g01 = tl.where(k11 == 1, d11, 0.0) + tl.where(k01 == 33, d01, 0.0)
-    g10 = tl.where(k11 == 16, d11, 0.0) + tl.where(k10 == 18, d10, 0.0)
-    g11 = tl.where(k11 == 17, d11, 0.0)
+    won, grad = _window(grads, places, ch, cw, OH, OW, C, valid, inside, ACC)
+    g00 = tl.where(won == 0, grad, 0.0)
+    g01 = tl.where(won == 1, grad, 0.0)
+    g10 = tl.where(won == 16, grad, 0.0)
+    g11 = tl.where(won == 17, grad, 0.0)
+    won, grad = _window(grads, places, ch, cw - 1, OH, OW, C, valid, inside, ACC)
+    g00 += tl.where(won == 2, grad, 0.0)
+    g10 += tl.where(won == 18, grad, 0.0)
+    won, grad = _window(grads, places, ch - 1, cw, OH, OW, C, valid, inside, ACC)
+    g00 += tl.where(won == 32, grad, 0.0)
+    g01 += tl.where(won == 33, grad, 0.0)
+    won, grad = _window(grads, places, ch - 1, cw - 1, OH, OW, C, valid, inside, ACC)
+    g00 += tl.where(won == 34, grad, 0.0)
     return g00, g01, g10, g11
 
 
@@ -207,6 +211,7 @@ def maxpool_winners_bwd_kernel(
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    WIDE: tl.constexpr,  # BM is at most CW
     ACC: tl.constexpr,
     EVEN: tl.constexpr,  # BC divides C
     BM: tl.constexpr,
@@ -227,7 +232,7 @@ def maxpool_winners_bwd_kernel(
         row0 = tl.cast(tile, rows.dtype) * BM
         count = tl.minimum(rows - row0, BM).to(tl.int32)
         valid = local < count
-        image, ch, cw = place_of(row0, tl.minimum(local, count - 1), CH, CW)
+        image, ch, cw = place_within(row0, tl.minimum(local, count - 1), CH, CW, WIDE)
         base = (image.to(tl.int64) * (H * W) * C)[:, None] + cols[None, :]
         if CELL == 2:
             g00, g01, g10, g11 = cell_gradients(
