@@ -37,6 +37,7 @@ SLOW = {
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),
+    "test_conv_bn_relu_maxpool": ("test_conv_bn_relu_maxpool", ELSE),
     "test_blocks": ("test_blocks", "triton and not nchw and not hooks"),
 }
 NAMES = [*SUITES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -109,7 +110,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(table.read_text())
     kernels = {row["kernel"] for row in rows}
-    assert {f"conv_bn_{k}_kernel" for k in ("fwd", "dgrad", "wgrad", "finish")} <= kernels
+    kinds = ("fwd", "dgrad", "wgrad", "finish", "stem_fwd", "stem_wgrad")
+    assert {f"conv_bn_{k}_kernel" for k in kinds} <= kernels
     assert len(rows) > 40
 
 

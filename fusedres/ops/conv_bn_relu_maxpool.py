@@ -94,9 +94,9 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
         kernel = backends.kernels(backend, OP).conv_bn_relu_maxpool_fwd
         p, y, statistics = kernel(x, weight, conv, bn, window)
     else:
-        light = (backends.kernels(backend, n) for n in ("bn_relu_maxpool", "batch_norm"))
+        pool, batch_norm = (backends.kernels(backend, n) for n in ("bn_relu_maxpool", "batch_norm"))
         p, y, statistics = split.conv_bn_relu_maxpool_fwd(
-            *light, x, weight, conv, memory_format_of(x), bn, window
+            pool, batch_norm, x, weight, conv, memory_format_of(x), bn, window
         )
     return p, y, *statistics
 
@@ -119,7 +119,8 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     if tuple(o.y.shape) != out:  # the library would believe it
         raise ValueError(f"{OP}_bwd: y must have shape {list(out)}, got {list(o.y.shape)}")
     types = (o.bn_weight_dtype, o.bn_bias_dtype)
-    common = (*o[:1], x, weight, parameter, conv, *o[1:6], window, o.training)
+    own = (o.y, o.mean, o.scale, o.bias, o.rstd)
+    common = (o.grad, x, weight, parameter, conv, *own, window, o.training)
     fused = o.plan == "fused" and o.need_weight
     gradients: tuple[Tensor | None, ...] = ()
     if fused:
@@ -138,11 +139,10 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     (x, parameter, *_), rest = _Operands.of(args)
     o = _Backward(*rest)
-    none = o.mean.new_empty(0)
-    dx = torch.empty_like(x) if o.need_input else none
-    dw = torch.empty_like(parameter) if o.need_weight else none
+    dx = torch.empty_like(x) if o.need_input else o.mean.new_empty(0)
+    dw = torch.empty_like(parameter) if o.need_weight else o.mean.new_empty(0)
     types = (o.bn_weight_dtype, o.bn_bias_dtype)
-    vectors = (none if t is None else o.mean.new_empty(o.y.size(1), dtype=t) for t in types)
+    vectors = (o.mean.new_empty(0 if t is None else o.y.size(1), dtype=t) for t in types)
     return dx, dw, *vectors
 
 
