@@ -26,7 +26,8 @@ from fusedres._plan_table import Shape
 from fusedres._plans import DATAFLOWS, base_of, is_plan
 from fusedres._tensors import INTERPRETED, conv_allows_tf32
 
-OPS = ("conv_bn", "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
+TWO_PLANS = ("conv_bn", "conv_bn_relu_maxpool")  # ops that may be fused, maybe by another backend
+OPS = (*TWO_PLANS, "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
 PLANS = ("auto", "fused", "epilogue", "split", *DATAFLOWS)  # and what _plans adds to a plan
 
 
@@ -241,10 +242,10 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
         why = {n: unavailable(n, op, device, dtype) for n in _AUTO_ORDER if op in BACKENDS[n].ops}
         serving = [name for name, reason in why.items() if reason is None]
         light = backend = serving[0] if serving else "reference"
-        if op == "conv_bn" and base_of(plan) != "split":  # `light` runs what is not fused
+        if op in TWO_PLANS and base_of(plan) != "split":  # `light` runs what is not fused
             backend = next((n for n in serving if "fused" in BACKENDS[n].plans), backend)
         passed_over = list(why)
-        if serving and op != "conv_bn":  # whose two plans may want two backends
+        if serving and op not in TWO_PLANS:
             passed_over = passed_over[: passed_over.index(light)]
         reasons = (why[n] for n in passed_over if device in BACKENDS[n].devices)
         reason = "; ".join(filter(None, reasons))

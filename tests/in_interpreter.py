@@ -15,23 +15,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_conv_bn import SOURCES, Chain
+from test_conv_bn_relu_maxpool import Stem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_launches import dry, model_step
+from triton_launches import dry, model_step, stem_step
 
 import fusedres
 from fusedres import use_backend, use_plan
+from fusedres._conv import Conv
 from fusedres._plans import DATAFLOWS
 from fusedres._tensors import INTERPRETED
 from fusedres.models import resnet
 from fusedres.ops import batch_norm, bn_act
 from fusedres.ops._packed import PackedWeights, packed_weights, packing
 from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
-from fusedres.triton_kernels import _configs, _gemm, _launch
+from fusedres.triton_kernels import _configs, _gemm, _launch, conv_bn_relu_maxpool
 from fusedres.triton_kernels._configs import Config
-from fusedres.triton_kernels.batch_norm import batch_norm_fwd
+from fusedres.triton_kernels.batch_norm import batch_norm_bwd, batch_norm_fwd
 from fusedres.triton_kernels.bn_act import bn_act_bwd, masked_sums
-from fusedres.triton_kernels.bn_relu_maxpool import bn_relu_maxpool_bwd, bn_relu_maxpool_fwd
+from fusedres.triton_kernels.bn_relu_maxpool import (
+    bn_relu_maxpool_bwd,
+    bn_relu_maxpool_fwd,
+    maxpool_dy,
+    maxpool_sums,
+    maxpool_winners,
+)
 
 assert INTERPRETED, "run by test_triton.py"
 PLANS = ("fused", "split")
@@ -156,6 +164,8 @@ def test_results_do_not_rest_on_what_memory_held() -> None:
             for source in SOURCES:
                 chain = Chain(source, (2, 5, 6, 7), 3, stride=stride, emit=stride == 1)
                 check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+        for plan in PLANS:
+            check_case(Stem(), "triton", torch.float64, CHANNELS_LAST, plan=plan)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -184,6 +194,52 @@ def test_rounded_activations_decide_ties_of_the_pool() -> None:
         assert torch.equal(ours, pooled)
         g, _ = bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *window)
         assert torch.equal(g, torch.autograd.grad(pooled, a, grad)[0]), window
+        winners = maxpool_winners(y, mean, scale, bias, window)
+        frozen = (torch.ones(5), torch.ones(5), torch.zeros(2, 5), window, False, None, None)
+        assert torch.equal(g, maxpool_dy(grad, winners, y, mean, *frozen)[0]), window
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 9, 10), (2, 16, 3, 70), (1, 3, 1, 5)], ids=str)
+@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1), (2, 3, 1)], ids=str)
+def test_winners_give_what_two_nodes_give(
+    shape: tuple[int, int, int, int], window: tuple[int, int, int]
+) -> None:
+    """The gradient of a pool, rounded, to the bit; its sums but for the order they are added in."""
+    if min(shape[2:]) + 2 * window[2] < window[0]:
+        pytest.skip("the window does not fit")
+    y = torch.randn(shape).half().contiguous(memory_format=CHANNELS_LAST)
+    mean, scale, bias, rstd = (torch.rand(shape[1]) + 0.2 for _ in range(4))
+    p = bn_relu_maxpool_fwd(y, mean, scale, bias, *window)
+    grad = torch.randn_like(p)
+    g, sums = bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *window)
+    winners = maxpool_winners(y, mean, scale, bias, window)
+    torch.testing.assert_close(
+        maxpool_sums(grad, winners, y, mean, window), sums, rtol=1e-5, atol=1e-4
+    )
+    for training in (True, False):
+        ours = maxpool_dy(
+            grad, winners, y, mean, scale, rstd, sums, window, training, torch.float32,
+            torch.float64,
+        )  # fmt: skip
+        two = batch_norm_bwd(g, y, mean, scale, rstd, sums, training, torch.float32, torch.float64)
+        for mine, theirs in zip(ours, two, strict=True):
+            assert mine is not None and theirs is not None and torch.equal(mine, theirs)
+
+
+def test_chunks_of_several_tiles_of_a_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments merge over the tiles of a program; rows are long enough for no division, or not."""
+    monkeypatch.setattr(_gemm, "MOST_PARTIALS", 2)
+    for width in (22, 70):
+        stem = Stem((2, 3, 9, width), 5, (3, 3), (1, 1), (1, 1, 1, 1))
+        with _launch.recording() as launches:
+            check_case(stem, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+        by_name = {launch.name: launch.arguments() for launch in launches}
+        forward = by_name["conv_bn_stem_fwd_kernel"]
+        assert forward["tiles"] > 1 and forward["LOOP"]
+        assert forward["M"] % (forward["tiles"] * forward["BM"])
+        wgrad = by_name["conv_bn_stem_wgrad_kernel"]
+        assert wgrad["POOL"] and wgrad["rows"] % (wgrad["tiles"] * wgrad["BM"])
+        assert (forward["WIDE"], wgrad["WIDE"]) == (width == 70, width == 70)
 
 
 def test_eps_and_momentum_keep_their_digits() -> None:
@@ -320,16 +376,34 @@ def test_launches_of_a_training_step(capsys: pytest.CaptureFixture[str]) -> None
         "conv_bn_dgrad_kernel": pointwise,
         "conv_bn_wgrad_kernel": pointwise,
         "conv_bn_finish_kernel": pointwise,
-        # the split plan of the 3x3 convolutions and the stem
+        # the split plan of the 3x3 convolutions and the stem, whose dy the pool's backward writes
         "batch_norm_stats_kernel": others,
         "batch_norm_finish_kernel": pointwise + others,
-        "batch_norm_bwd_kernel": others,
+        "batch_norm_bwd_kernel": others - 1,
         "bn_act_fwd_kernel": 2 * 16 + 1,  # forward, for wgrad once more, and the network's end
         "bn_act_bwd_kernel": 16 + 1,
         "sum_rows_kernel": 16 + 1 + 1,
         "bn_relu_maxpool_fwd_kernel": 1,
-        "bn_relu_maxpool_bwd_kernel": 1,
+        "maxpool_winners_kernel": 1,
+        "maxpool_winners_bwd_kernel": 2,
     }
+
+
+def test_launches_of_a_fused_stem() -> None:
+    """Statistics and dy have no launch of their own."""
+    with dry() as launches:
+        stem_step(2, 64)
+    assert [launch.name for launch in launches] == [
+        "conv_bn_stem_fwd_kernel",
+        "batch_norm_finish_kernel",
+        "bn_relu_maxpool_fwd_kernel",
+        "maxpool_winners_kernel",
+        "maxpool_winners_bwd_kernel",
+        "sum_rows_kernel",
+        "conv_bn_stem_wgrad_kernel",
+        "conv_bn_finish_kernel",
+        "conv_bn_stem_wgrad_kernel",  # of a dy that is there already
+    ]
 
 
 class _Seen(TorchDispatchMode):
@@ -384,6 +458,29 @@ def test_no_temporary_the_size_of_an_activation(source: str, emit: bool) -> None
     sizes = [size for _, size in forward if size >= large]
     assert sorted(sizes) == sorted([n * h * w * k] + [n * h * w * c] * emit)
     assert sorted(s for _, s in backward if s >= large) == sorted([n * h * w * c, n * h * w * k])
+
+
+def test_a_fused_stem_has_neither_g_nor_dy_in_memory() -> None:
+    n, k = 8, 64
+    x = torch.empty(n, 3, 224, 224, dtype=torch.bfloat16).to(memory_format=CHANNELS_LAST)
+    image = n * 230 * 232 * 4  # its copy in 4 channels with padding
+    w = torch.empty(k, 3, 7, 7, dtype=torch.bfloat16)
+    conv, window = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1), (3, 2, 1)
+    bn = (torch.ones(k), torch.ones(k), None, None, True, 0.1, 1e-5)
+    with dry(), _Seen() as seen:
+        p, y, (mean, _, rstd, scale, bias) = conv_bn_relu_maxpool.conv_bn_relu_maxpool_fwd(
+            x, w, conv, bn, window
+        )
+        forward, seen.ops = seen.ops, []
+        grad = torch.empty_like(p)
+        conv_bn_relu_maxpool.conv_bn_relu_maxpool_bwd(
+            grad, x, w, w.float(), conv, y, mean, scale, bias, rstd, window, True,
+            torch.float32, torch.float32,
+        )  # fmt: skip
+    assert [s for _, s in forward if s >= p.numel()] == [y.numel(), image, p.numel()]
+    assert sorted(s for _, s in seen.ops if s >= p.numel()) == sorted(
+        [grad.numel(), p.numel(), image]  # winners, bytes
+    )
 
 
 # --- products -------------------------------------------------------------------------------------

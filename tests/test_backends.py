@@ -12,6 +12,7 @@ import fusedres
 from fusedres import backends, use_backend, use_plan
 from fusedres._conv import Conv
 from fusedres.ops import conv_bn
+from fusedres.ops.conv_bn_relu_maxpool import stem_way
 
 X, W = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 1, 1)
 
@@ -109,10 +110,22 @@ def ways(device: str = "cuda") -> list[tuple[str, str]]:
     return [backends.way_of(choice, HALF, w, geometry) for w in (POINTWISE, WIDE)]
 
 
+def stem_ways() -> dict[str, tuple[str, str]]:
+    """Backend and plan of the stem, by the plan that is asked for."""
+    geometry, found = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1), {}
+    for plan in ("auto", "fused"):
+        with use_plan(plan):
+            choice = backends.choose("conv_bn_relu_maxpool", "cuda", HALF)
+        found[plan] = stem_way(choice, HALF, torch.empty(64, 3, 7, 7), geometry)
+    return found
+
+
 def test_auto_on_a_gpu_fuses_by_triton_and_passes_by_cuda(machine: Callable[..., None]) -> None:
     machine("cuda", "triton", "cpp")
     assert ways() == [("triton", "fused"), ("cuda", "split")]
-    assert {backends.choose(op, "cuda", HALF).backend for op in backends.OPS[1:]} == {"cuda"}
+    passes = set(backends.OPS) - set(backends.TWO_PLANS)
+    assert {backends.choose(op, "cuda", HALF).backend for op in passes} == {"cuda"}
+    assert stem_ways() == {"auto": ("cuda", "split"), "fused": ("triton", "fused")}
     with use_plan("split"):
         assert ways() == [("cuda", "split")] * 2
     with use_backend("triton"):
@@ -132,6 +145,7 @@ def test_without_the_extension_a_gpu_runs_on_triton(machine: Callable[..., None]
 def test_without_triton_a_gpu_runs_on_cuda(machine: Callable[..., None]) -> None:
     machine("cuda", "cpp")
     assert ways() == [("cuda", "split")] * 2
+    assert stem_ways() == {"auto": ("cuda", "split"), "fused": ("cuda", "split")}
     assert backends.choose("conv_bn", "cuda", HALF).reason == "triton is off here"
     assert backends.choose("bn_act", "cuda", HALF).reason == ""
     message = r"backend 'cuda' has no 'fused' plan \(triton is off here\)"

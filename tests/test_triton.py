@@ -45,6 +45,7 @@ SLOW = {
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_conv_bn_plans": ("test_conv_bn_plans", "triton"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),
+    "test_conv_bn_relu_maxpool": ("test_conv_bn_relu_maxpool", ELSE),
     "test_blocks": ("test_blocks", "triton and not nchw and not hooks"),
 }
 NAMES = [*SUITES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -118,6 +119,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     rows = json.loads(table.read_text())
     kernels = {row["kernel"] for row in rows}
     gemms = ("fwd", "dgrad", "wgrad", "finish", "spatial_fwd", "spatial_wgrad")
+    gemms += ("spatial_dgrad", "stem_fwd", "stem_wgrad")
     assert {f"conv_bn_{k}_kernel" for k in gemms} <= kernels
     assert len(rows) > 40
 

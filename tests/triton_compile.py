@@ -50,7 +50,7 @@ DEVICES = {
 GEMMS = (
     *("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel", "conv_bn_wgrad_kernel"),
     *("conv_bn_spatial_fwd_kernel", "conv_bn_spatial_wgrad_kernel"),
-    "conv_bn_spatial_dgrad_kernel",
+    *("conv_bn_spatial_dgrad_kernel", "conv_bn_stem_fwd_kernel", "conv_bn_stem_wgrad_kernel"),
 )
 
 

@@ -26,8 +26,8 @@ from fusedres import backends
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._tensors import stat_dtype
 from fusedres.library import conv_bn as split
-from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial, _spatial_dgrad
+from fusedres.ops import batch_norm, bn_act, conv_bn, conv_bn_relu_maxpool
+from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial, _spatial_dgrad, _stem
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels._launch import Launch
 
@@ -124,6 +124,20 @@ def spatial_step(
             _spatial.wgrad(source, y, weight, conv)
 
 
+def stem_step(batch: int, size: int) -> None:
+    """The stem of a ResNet by its fused plan in bf16, and the kernel that takes dy as it is."""
+    x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    weight = torch.empty(64, 3, 7, 7, dtype=torch.bfloat16, requires_grad=True)
+    norm = [torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)]
+    with fusedres.use_plan("fused"):
+        p = conv_bn_relu_maxpool(x, weight, *norm, stride=2, padding=3)
+        p.backward(torch.empty_like(p))
+    dy = torch.empty(batch, 64, size // 2, size // 2, dtype=torch.bfloat16)
+    dy = dy.to(memory_format=torch.channels_last)
+    conv = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1)
+    _stem.wgrad(Source(x, *(None,) * 7, False), dy, weight.detach(), conv)
+
+
 def rare_variants(dtype: torch.dtype) -> None:
     """What no ResNet-50 launches but a caller of the ops may: odd sizes, residuals not emitted."""
     for shape, outs in (((8, 64, 56, 56), 64), ((8, 256, 28, 28), 128), ((3, 5, 7, 7), 11)):
@@ -144,6 +158,14 @@ def rare_variants(dtype: torch.dtype) -> None:
         d = batch_norm(x, *norm, residual=r)
         d.value().backward(torch.empty_like(x))
         fusedres.add_relu(x, r).backward(torch.empty_like(x))
+    for channels, outs, window in ((1, 11, (3, 2, 0)), (3, 64, (2, 2, 0)), (4, 64, (3, 2, 1))):
+        x = torch.empty(8, channels, 65, 63, dtype=dtype, memory_format=torch.channels_last)
+        weight = torch.empty(outs, channels, 5, 3, dtype=dtype, requires_grad=True)
+        with fusedres.use_plan("fused"):
+            p = conv_bn_relu_maxpool(
+                x, weight, kernel_size=window[0], pool_stride=window[1], pool_padding=window[2]
+            )
+            p.backward(torch.empty_like(p))
 
 
 # C, H and stride of ResNet-50's 3x3 convolutions, all of as many channels out as in
@@ -208,9 +230,10 @@ def described(launch: Launch) -> dict[str, Any]:
             arguments.append([name, kind, value % 16 == 0 and name not in general])
     sizes = launch.arguments()
     depth = {"conv_bn_fwd_kernel": "C", "conv_bn_dgrad_kernel": "K"}.get(launch.name)
+    shallow = depth is not None and sizes[depth] <= 128
     return {
-        # one or two steps deep: another program should run beside its epilogue
-        "want": 2 if depth is not None and sizes[depth] <= 128 else 1,
+        # few steps deep: another program should run beside its epilogue
+        "want": 2 if shallow or launch.name == "conv_bn_stem_fwd_kernel" else 1,
         "module": launch.kernel.fn.__module__.rsplit(".", 1)[1],
         "kernel": launch.name,
         "arguments": arguments,
@@ -241,6 +264,7 @@ def main() -> None:
                 model_step(256, 224)
             spatial_step(256, torch.bfloat16, _3X3, ("tensor", "none"))
             spatial_dgrad_step()
+            stem_step(256, 224)
             if target in options.rare:
                 for dtype in (torch.bfloat16, torch.float32, torch.float64):
                     rare_spatial_dgrad(dtype)

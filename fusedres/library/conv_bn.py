@@ -100,7 +100,7 @@ def conv_bn_bwd(
         a = materialise(light, source)
     da, dw = convolution_backward(dy, a, weight, conv, need_input, need_weight)
     if dw is not None:
-        dw = as_stored(dw, parameter)
+        dw = stored_as(dw, parameter)
     if da is None:
         return None, None, None, dw
     da = da.contiguous(memory_format=memory_format)
@@ -126,8 +126,8 @@ def spread(grad: Tensor, x: Tensor) -> Tensor:
     return full
 
 
-def as_stored(dw: Tensor, parameter: Tensor) -> Tensor:
-    """dw in the parameter's dtype and strides."""
+def stored_as(dw: Tensor, parameter: Tensor) -> Tensor:
+    """dw in the dtype and strides of its parameter, which autograd would copy it to else."""
     if dw.dtype == parameter.dtype and dw.stride() == parameter.stride():
         return dw
     return torch.empty_like(parameter).copy_(dw)

@@ -23,8 +23,7 @@ from fusedres.nn.blocks import (
     takes_deferred,
 )
 from fusedres.nn.init import Initializer, resolve
-from fusedres.nn.layers import apply_conv_bn, plain_reason
-from fusedres.ops import bn_relu_maxpool
+from fusedres.nn.layers import apply_stem, plain_reason
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class ResNet(FusedModule):
     """A ResNet of any depth; use FusedResNet50 or resnet18() to resnet152(), which explain the
     arguments.
     """
+
+    op = "conv_bn_relu_maxpool"  # of the stem; blocks have their own
 
     def __init__(
         self,
@@ -124,13 +125,7 @@ class ResNet(FusedModule):
     def _stem(self, x: Tensor) -> Tensor:
         if self.plain_reason() is not None:
             return self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        pool = self.maxpool
-        return bn_relu_maxpool(
-            apply_conv_bn(x, self.conv1, self.bn1),
-            pool.kernel_size,  # type: ignore[arg-type]
-            pool.stride,  # type: ignore[arg-type]
-            pool.padding,  # type: ignore[arg-type]
-        )
+        return apply_stem(x, self.conv1, self.bn1, self.maxpool)
 
     def _zero_init_residual(self) -> None:
         """Let every block start as its shortcut."""

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from fusedres._checks import check_dense
+from fusedres._norm import parameter_gradients
 from fusedres._tensors import stored_format
 from fusedres.native import require
 from fusedres.native._args import check, head, like, on_cpu, pointers, vectors, workspace
+from fusedres.native.batch_norm import batch_norm_bwd
 
 
 def _pooled(extent: int, kernel_size: int, stride: int, padding: int) -> int:
@@ -75,3 +77,24 @@ def bn_relu_maxpool_bwd(
     work = workspace(c.bn_relu_maxpool_bwd_workspace(args, window, (*tensors, 0)), y)
     c.bn_relu_maxpool_bwd(args, window, (*tensors, work.data_ptr()))
     return g, sums
+
+
+def batch_norm_relu_maxpool_bwd(
+    grad: Tensor,  # of p
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C], as are the next three
+    scale: Tensor,
+    bias: Tensor,
+    rstd: Tensor,
+    window: tuple[int, int, int],  # kernel_size, stride, padding
+    training: bool,
+    need_dy: bool,
+    weight_dtype: torch.dtype | None,  # of dweight; None: there is none
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dy, dweight, dbias): bn_relu_maxpool_bwd and batch_norm_bwd."""
+    g, sums = bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *window)
+    types = (weight_dtype, bias_dtype)
+    if not need_dy:
+        return None, *parameter_gradients(sums, rstd, *types)
+    return batch_norm_bwd(g, y, mean, scale, rstd, sums, training, *types)

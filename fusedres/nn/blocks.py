@@ -48,9 +48,11 @@ class FusedModule(nn.Module, ABC):
 
     Attributes:
         fused: set to False to run this module's own children plainly; blocks within have their own.
+        op: which op of fusedres runs its convolutions.
     """
 
     fused: bool = True
+    op: str = "conv_bn"
 
     @abstractmethod
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

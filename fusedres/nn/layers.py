@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fusedres.deferred import Deferred, Sampled
-from fusedres.ops import conv_bn
+from fusedres.ops import conv_bn, conv_bn_relu_maxpool
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
@@ -122,13 +122,43 @@ def apply_conv_bn(
     emit: bool | tuple[int, int] = False,
 ) -> Deferred | tuple[Deferred, Tensor | Sampled]:
     """conv_bn with the parameters, statistics and mode of two modules, as if called."""
-    counts = bn.training and bn.track_running_stats
+    options = _options(conv, bn, padding) | {"residual": residual, "relu": relu, "emit": emit}
+    result: Any = conv_bn(input, conv.weight, **options)
+    _count(bn)
+    return result
+
+
+def apply_stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
+    """conv_bn_relu_maxpool with the parameters, statistics and mode of three modules, as if called
+    with a ReLU among them.
+    """
+    p = conv_bn_relu_maxpool(
+        x,
+        conv.weight,
+        **_options(conv, bn),
+        kernel_size=pool.kernel_size,  # type: ignore[arg-type]
+        pool_stride=pool.stride,  # type: ignore[arg-type]
+        pool_padding=pool.padding,  # type: ignore[arg-type]
+    )
+    _count(bn)
+    return p
+
+
+def _options(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, padding: tuple[int, int, int, int] | None = None
+) -> dict[str, Any]:
+    """The arguments that an op takes from two modules, beside the weight."""
+    counts = _counts(bn)
     momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if counts and bn.momentum is None and bn.num_batches_tracked is not None:
         # the cumulative average, without leaving the device
         momentum = 1.0 / (bn.num_batches_tracked + 1).to(torch.float64)
     uses_running = counts or not bn.training
-    options: dict[str, Any] = {
+    return {
+        "bn_weight": bn.weight,
+        "bn_bias": bn.bias,
+        "running_mean": bn.running_mean if uses_running else None,
+        "running_var": bn.running_var if uses_running else None,
         "stride": conv.stride,
         "padding": padding_of(conv) if padding is None else padding,
         "dilation": conv.dilation,
@@ -136,13 +166,15 @@ def apply_conv_bn(
         "training": bn.training or bn.running_mean is None,
         "momentum": momentum,
         "eps": bn.eps,
-        "residual": residual,
-        "relu": relu,
-        "emit": emit,
     }
-    running = (bn.running_mean, bn.running_var) if uses_running else (None, None)
-    result: Any = conv_bn(input, conv.weight, bn.weight, bn.bias, *running, **options)
-    if counts and bn.num_batches_tracked is not None:
+
+
+def _counts(bn: nn.BatchNorm2d) -> bool:
+    return bn.training and bn.track_running_stats
+
+
+def _count(bn: nn.BatchNorm2d) -> None:
+    """As a call of the module counts its batch."""
+    if _counts(bn) and bn.num_batches_tracked is not None:
         with torch.no_grad():
             bn.num_batches_tracked.add_(1)
-    return result

@@ -12,6 +12,7 @@ from fusedres._conv import Conv
 from fusedres.nn.blocks import FusedModule, Stage
 from fusedres.nn.layers import is_untouched, padding_of
 from fusedres.ops._contract import compute_dtype
+from fusedres.ops.conv_bn_relu_maxpool import stem_way
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Report(list[Row]):
 
 
 def _way(
-    choice: backends.Choice, conv: nn.Conv2d, weight: Tensor, dtype: torch.dtype
+    op: str, choice: backends.Choice, conv: nn.Conv2d, weight: Tensor, dtype: torch.dtype
 ) -> tuple[str, str]:
     """Backend and plan of a convolution whose input is not known yet: taken as large."""
     stride, dilation = (tuple(p) for p in (conv.stride, conv.dilation))
     geometry = Conv(stride, padding_of(conv), dilation, conv.groups)  # type: ignore[arg-type]
-    return backends.way_of(choice, dtype, weight, geometry)
+    way = backends.way_of if op == "conv_bn" else stem_way
+    return way(choice, dtype, weight, geometry)
 
 
 def report(model: nn.Module) -> Report:
@@ -84,9 +86,9 @@ def report(model: nn.Module) -> Report:
                 rows.append(Row(name, "plain", "torch", "-", reason or ""))
                 continue
             dtype = compute_dtype(weight)
-            choice = backends.choose("conv_bn", weight.device.type, dtype)
+            choice = backends.choose(module.op, weight.device.type, dtype)
             assert isinstance(conv, nn.Conv2d)  # else there is a reason
-            backend, plan = _way(choice, conv, weight, dtype)
+            backend, plan = _way(module.op, choice, conv, weight, dtype)
             runs = "plain" if backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))
             rows.append(Row(name, runs, backend, plan, why))

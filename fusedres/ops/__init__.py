@@ -9,5 +9,13 @@ from fusedres.ops.batch_norm import batch_norm
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool
 from fusedres.ops.conv_bn import conv_bn
+from fusedres.ops.conv_bn_relu_maxpool import conv_bn_relu_maxpool
 
-__all__ = ["add_relu", "batch_norm", "bn_act", "bn_relu_maxpool", "conv_bn"]
+__all__ = [
+    "add_relu",
+    "batch_norm",
+    "bn_act",
+    "bn_relu_maxpool",
+    "conv_bn",
+    "conv_bn_relu_maxpool",
+]

@@ -178,7 +178,7 @@ def _library_bwd(
         if o.need_weight:
             a = split.materialise(light, source) if a is None else a
             _, dw = split.convolution_backward(dy, a, weight, conv, False, True)
-            dw = None if dw is None else split.as_stored(dw, parameter)
+            dw = None if dw is None else split.stored_as(dw, parameter)
     else:
         g_in, sums, res_sums, dw = split.conv_bn_bwd(
             light, dy, grad_a, source, a, weight, parameter, conv, from_x, plan.unmasked,

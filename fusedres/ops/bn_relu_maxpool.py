@@ -59,7 +59,8 @@ def _bwd(
     return kernel(grad, y, mean, scale, bias, kernel_size, stride, padding)
 
 
-def _pooled(size: int, kernel_size: int, stride: int, padding: int) -> int:
+def pooled(size: int, kernel_size: int, stride: int, padding: int) -> int:
+    """Windows along an extent."""
     return (size + 2 * padding - kernel_size) // stride + 1
 
 
@@ -73,8 +74,8 @@ def _fwd_fake(
     padding: int,
     backend: str,
 ) -> Tensor:
-    pool = (kernel_size, stride, padding)
-    shape = (y.size(0), y.size(1), _pooled(y.size(2), *pool), _pooled(y.size(3), *pool))
+    window = (kernel_size, stride, padding)
+    shape = (y.size(0), y.size(1), pooled(y.size(2), *window), pooled(y.size(3), *window))
     return torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format_of(y))
 
 
@@ -126,6 +127,36 @@ class BnReluMaxpoolFunction(torch.autograd.Function):
 # --- the public function --------------------------------------------------------------------------
 
 
+def check_window(
+    op: str,
+    shape: tuple[int, ...],
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    prefix: str = "",  # of the names of stride and padding
+) -> tuple[int, int]:
+    """Height and width that the pool leaves of an activation of this shape."""
+    contract.check_int(op, "kernel_size", kernel_size, 1)
+    contract.check_int(op, f"{prefix}stride", stride, 1)
+    contract.check_int(op, f"{prefix}padding", padding, 0)
+    if stride >= 2**31:
+        raise ValueError(f"{op}: {prefix}stride must be below 2**31, got {stride}")
+    if kernel_size > 15:
+        raise ValueError(f"{op}: kernel_size must be at most 15, got {kernel_size}")
+    if padding > kernel_size // 2:
+        raise ValueError(
+            f"{op}: {prefix}padding must be at most half of kernel_size {kernel_size}, got "
+            f"{padding}"
+        )
+    height, width = (pooled(extent, kernel_size, stride, padding) for extent in shape[2:])
+    if min(height, width) < 1:
+        raise ValueError(
+            f"{op}: kernel_size {kernel_size} does not fit the padded input (shape {list(shape)}, "
+            f"padding {padding})"
+        )
+    return height, width
+
+
 def bn_relu_maxpool(
     input: Deferred, kernel_size: int = 3, stride: int = 2, padding: int = 1
 ) -> Tensor:
@@ -155,22 +186,7 @@ def bn_relu_maxpool(
     if not input.relu or input.residual is not None:
         got = "one with a residual" if input.residual is not None else "one without ReLU"
         raise ValueError(f"{op}: input must be a Deferred with ReLU and no residual, got {got}")
-    contract.check_int(op, "kernel_size", kernel_size, 1)
-    contract.check_int(op, "stride", stride, 1)
-    contract.check_int(op, "padding", padding, 0)
-    if stride >= 2**31:
-        raise ValueError(f"{op}: stride must be below 2**31, got {stride}")
-    if kernel_size > 15:
-        raise ValueError(f"{op}: kernel_size must be at most 15, got {kernel_size}")
-    if padding > kernel_size // 2:
-        raise ValueError(
-            f"{op}: padding must be at most half of kernel_size {kernel_size}, got {padding}"
-        )
-    if min(_pooled(input.y.size(d), kernel_size, stride, padding) for d in (2, 3)) < 1:
-        raise ValueError(
-            f"{op}: kernel_size {kernel_size} does not fit the padded input (shape "
-            f"{list(input.shape)}, padding {padding})"
-        )
+    check_window(op, tuple(input.shape), kernel_size, stride, padding)
     backend = backends.backend_for(op, input.y)
     if contract.exporting():
         backend = "reference"

@@ -257,7 +257,7 @@ def _of_emitted(
 # --- the public function --------------------------------------------------------------------------
 
 
-def _check_conv(
+def check_conv(
     op: str,
     x: Tensor,
     weight: object,
@@ -432,7 +432,7 @@ def conv_bn(
         x = input.y
     else:
         x = contract.check_tensor(op, "input", input)
-    weight, conv = _check_conv(op, x, weight, stride, padding, dilation, groups)
+    weight, conv = check_conv(op, x, weight, stride, padding, dilation, groups)
     if source is not None:
         _check_sampled(op, source, weight, conv)
     bn = contract.check_batch_norm(

@@ -19,6 +19,7 @@ from fusedres._plan_table import Shape, lookup
 
 HIP = 0  # the arch of what is not CUDA
 MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
+STEM_CHANNELS = 4  # the most that the kernels for images take
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def arch_of(device: torch.device) -> int:
 
 
 def config_of(
-    kernel: str,  # "fwd", "dgrad", "wgrad"; "fwd_plain" and "wgrad_plain" without a prologue
+    kernel: str,  # "fwd", "dgrad", "wgrad"; "fwd_plain" and "wgrad_plain" without a prologue; "bwd"
+    # for the last two in one; "stem_wgrad"
     device: str,
     dtype: torch.dtype,
     shape: Shape,
@@ -91,6 +93,8 @@ def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> 
         return _spatial_rule(kernel, itemsize, shape, residual, arch)
     kernel = kernel.removesuffix("_plain")  # a padded 1x1 convolution's
     channels = (shape.in_channels, shape.out_channels)
+    if kernel == "stem_wgrad" or (shape.in_channels <= STEM_CHANNELS and shape.kernel != (1, 1)):
+        return _stem_rule(kernel, itemsize, shape.out_channels, arch)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
 
@@ -164,6 +168,22 @@ def _spatial_dgrad_rule(itemsize: int, shape: Shape, residual: int, arch: int) -
     if residual == 2:  # eight warps: the epilogue's operands beside each other
         return Config(64, 64, 64, 8, 2)
     return Config(64, columns, 64 if arch == 90 else 32, 4, 3)
+
+
+def _stem_rule(kernel: str, itemsize: int, out_channels: int, arch: int) -> Config:
+    """Of the kernels for images; fwd's BK is a row of its window, whatever stands here."""
+    wgmma = 90 <= arch < 120
+    if itemsize == 8:
+        return Config(32, 32, 32, 4, 1)
+    if kernel == "fwd":
+        return Config(128, 64, 32, 4, 1 if arch == HIP else 4)
+    if out_channels % 8:  # element by element
+        return Config(16, 64, 32, 4, 1)
+    if itemsize == 4 or arch == HIP:
+        return Config(16 if kernel == "stem_wgrad" else 32, 128, 64, 8, 1)
+    if kernel == "stem_wgrad":  # a pool's winners beside the accumulator: one program at a time
+        return Config(32, 256, 64, 8, 2) if wgmma else Config(16, 256, 64, 8, 1)
+    return Config(32, 256, 64, 8, 3) if wgmma else Config(32, 128, 64, 8, 2)
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:

@@ -1,4 +1,6 @@
-"""The stem's maxpool(relu(bn(y))) and its backward (device/bn_relu_maxpool.py)."""
+"""The stem's maxpool(relu(bn(y))) and its backward: up to BatchNorm (device/bn_relu_maxpool.py), or
+through it (device/maxpool_winners.py).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedres._checks import check_dense
+from fusedres._checks import check_dense, described
+from fusedres._norm import parameter_gradients
 from fusedres.triton_kernels._args import acc, check, like, rows, vectors
 from fusedres.triton_kernels._launch import launch
 from fusedres.triton_kernels.bn_act import WARPS, chunks, finish_sums, tile
@@ -14,10 +17,18 @@ from fusedres.triton_kernels.device.bn_relu_maxpool import (
     bn_relu_maxpool_bwd_kernel,
     bn_relu_maxpool_fwd_kernel,
 )
+from fusedres.triton_kernels.device.maxpool_winners import (
+    maxpool_winners_bwd_kernel,
+    maxpool_winners_kernel,
+)
 
 # accesses of 16 bytes a thread makes at each tap; the taps are what keeps memory busy
 LOADS = {"bn_relu_maxpool_fwd": 2, "bn_relu_maxpool_bwd": 1}
+LOADS |= {"maxpool_winners": 1, "maxpool_winners_bwd": 1}
 UNROLLED = 3  # the largest kernel_size whose taps are
+
+
+Window = tuple[int, int, int]  # kernel_size, stride, padding
 
 
 def _pooled(y: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
@@ -86,9 +97,7 @@ def bn_relu_maxpool_bwd(
     height, width = _pooled(y, kernel_size, stride, padding)
     check_dense(op, "grad", grad, (*y.shape[:2], height, width), y, torch.channels_last)
     g = like(y)
-    cell = 2 if (kernel_size, stride) == (3, 2) else 1
-    # cells of 2 start where windows do, `padding` before the image; those of 1 are its pixels
-    cells = [(e + padding + 1) // 2 if cell == 2 else e for e in y.shape[2:]]
+    cell, cells = cells_of(y, (kernel_size, stride, padding))
     count, channels = y.size(0) * cells[0] * cells[1], y.size(1)
     block_rows, columns, even = tile(channels, count, y.dtype, LOADS[op])
     across = triton.cdiv(channels, columns)
@@ -105,3 +114,156 @@ def bn_relu_maxpool_bwd(
     )
     sums, _ = finish_sums(part, y)
     return g, sums
+
+
+def maxpool_winners(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    window: Window,
+) -> Tensor:
+    """Which pixel of relu((y - mean)*scale + bias) each window took: bytes like the pooled map."""
+    op = "maxpool_winners"
+    _check_window(op, *window)
+    check(op, y, {}, {"mean": mean, "scale": scale, "bias": bias})
+    height, width = _pooled(y, *window)
+    winners = torch.empty(
+        (*y.shape[:2], height, width),
+        dtype=torch.uint8,
+        device=y.device,
+        memory_format=torch.channels_last,
+    )
+    count, channels = rows(winners), y.size(1)
+    block_rows, columns, even = tile(channels, count, y.dtype, LOADS[op])
+    across = triton.cdiv(channels, columns)
+    tiles, parts = chunks(count, block_rows, across)
+    launch(
+        maxpool_winners_kernel,
+        (across, parts),
+        *(y, mean, scale, bias, winners, count, channels, *y.shape[2:], height, width, tiles),
+        *(*window, window[0] <= UNROLLED, block_rows <= width, acc(y.dtype)),
+        *(even, block_rows, columns),
+        num_warps=WARPS,
+    )
+    return winners
+
+
+def maxpool_sums(
+    grad: Tensor,  # of the pooled map
+    winners: Tensor,  # of the same shape, bytes
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    window: Window,
+) -> Tensor:
+    """The sums [2, C] that bn_relu_maxpool_bwd gives beside g, without writing g."""
+    op = "maxpool_sums"
+    _check_pooled(op, grad, winners, y, {"mean": mean}, window)
+    part = _launch_bwd(grad, winners, y, (mean, *(None,) * 6), window, False, True)
+    assert part is not None
+    sums, _ = finish_sums(part, y)
+    return sums
+
+
+def maxpool_dy(
+    grad: Tensor,  # of the pooled map
+    winners: Tensor,  # of the same shape, bytes
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C], as are the next two
+    scale: Tensor,
+    rstd: Tensor,
+    sums: Tensor,  # [2, C]
+    window: Window,
+    training: bool,
+    weight_dtype: torch.dtype | None,  # of dweight; None: there is none
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What batch_norm_bwd makes of bn_relu_maxpool_bwd's g, without reading g."""
+    op = "maxpool_dy"
+    per_channel = {"mean": mean, "scale": scale, "rstd": rstd, "sums": sums}
+    _check_pooled(op, grad, winners, y, per_channel, window)
+    dy = like(y)
+    if dy.numel() == 0:
+        return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
+    dweight, dbias = (
+        None if dtype is None else torch.empty(y.size(1), dtype=dtype, device=y.device)
+        for dtype in (weight_dtype, bias_dtype)
+    )
+    given = (mean, scale, rstd, sums, dy, dweight, dbias)
+    _launch_bwd(grad, winners, y, given, window, True, training)
+    return dy, dweight, dbias
+
+
+def batch_norm_relu_maxpool_bwd(
+    grad: Tensor,  # of the pooled map
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C], as are the next three
+    scale: Tensor,
+    bias: Tensor,
+    rstd: Tensor,
+    window: Window,
+    training: bool,
+    need_dy: bool,
+    weight_dtype: torch.dtype | None,  # of dweight; None: there is none
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dy, dweight, dbias): bn_relu_maxpool_bwd and batch_norm_bwd, without g between them."""
+    winners = maxpool_winners(y, mean, scale, bias, window)
+    sums = maxpool_sums(grad, winners, y, mean, window)
+    types = (weight_dtype, bias_dtype)
+    if not need_dy:
+        return None, *parameter_gradients(sums, rstd, *types)
+    return maxpool_dy(grad, winners, y, mean, scale, rstd, sums, window, training, *types)
+
+
+def _check_pooled(
+    op: str,
+    grad: Tensor,
+    winners: Tensor,
+    y: Tensor,
+    per_channel: dict[str, Tensor],
+    window: Window,
+) -> None:
+    _check_window(op, *window)
+    check(op, y, {}, per_channel)
+    pooled = (*y.shape[:2], *_pooled(y, *window))
+    check_dense(op, "grad", grad, pooled, y, torch.channels_last)
+    if winners.shape != grad.shape or winners.dtype != torch.uint8 or winners.device != y.device:
+        raise ValueError(f"{op}: winners do not belong to grad, got {described(winners)}")
+
+
+def _launch_bwd(
+    grad: Tensor,
+    winners: Tensor,
+    y: Tensor,
+    given: tuple[Tensor | None, ...],  # the kernel's arguments from mean to dbias
+    window: Window,
+    dy: bool,
+    training: bool,
+) -> Tensor | None:
+    """The partial rows of sums, unless dy."""
+    cell, cells = cells_of(y, window)
+    count, channels = y.size(0) * cells[0] * cells[1], y.size(1)
+    block_rows, columns, even = tile(channels, count, y.dtype, LOADS["maxpool_winners_bwd"])
+    across = triton.cdiv(channels, columns)
+    tiles, parts = chunks(count, block_rows, across)
+    part = None if dy else vectors(y, parts, 2)
+    launch(
+        maxpool_winners_bwd_kernel,
+        (across, parts),
+        *(grad, winners, y, *given, part, rows(y), channels, count, *y.shape[2:]),
+        *(*grad.shape[2:], *cells, tiles, dy, training, cell, *window, block_rows <= cells[1]),
+        *(acc(y.dtype), even, block_rows, columns),
+        num_warps=WARPS,
+    )
+    return part
+
+
+def cells_of(y: Tensor, window: Window) -> tuple[int, tuple[int, int]]:
+    """Side of the cells that a pool's backward takes y's pixels in, and how many down and across.
+
+    Cells of 2 start where windows do, `padding` before the image; those of 1 are its pixels.
+    """
+    if window[:2] != (3, 2):
+        return 1, (y.size(2), y.size(3))
+    return 2, ((y.size(2) + window[2] + 1) // 2, (y.size(3) + window[2] + 1) // 2)

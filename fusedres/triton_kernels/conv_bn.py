@@ -1,7 +1,8 @@
 """conv_bn's fused plan: one kernel forward, dgrad, wgrad, and one second stage each way.
 
 Beside the results nothing the size of an activation is allocated but dy, which dgrad hands to
-wgrad. The kernels of 1x1 convolutions are launched by _pointwise, all others by _spatial.
+wgrad. The kernels of 1x1 convolutions are launched by _pointwise, those for images of few channels
+by _stem, all others by _spatial.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from fusedres._checks import check_dense, described
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._plans import Plan
-from fusedres.triton_kernels import _pointwise, _spatial
+from fusedres.triton_kernels import _pointwise, _spatial, _stem
 from fusedres.triton_kernels._args import acc, check, like, rows
 from fusedres.triton_kernels._gemm import Dgrad, empty, residual_kind
 from fusedres.triton_kernels._launch import launch
@@ -49,7 +50,7 @@ def conv_bn_fwd(
     op = "conv_bn_fwd"
     _check(op, source, weight, conv)
     x, out = source.x, output_shape(source.x.shape, weight.shape, conv)
-    launches = _launches(weight, conv)
+    launches = _launches(source, weight, conv)
     if emit and (source.mean is None or conv.stride != (1, 1) or launches is not _pointwise):
         raise ValueError(
             f"{op}: emit needs a Deferred, a 1x1 kernel, stride 1 and no padding, got kernel "
@@ -90,7 +91,7 @@ def conv_bn_bwd(
     op = "conv_bn_bwd"
     _check(op, source, weight, conv)
     _check_bwd(op, source, weight, conv, a, bits, up, grad_a, plan.compact)
-    launches, found, dw_part = _launches(weight, conv), None, None
+    launches, found, dw_part = _launches(source, weight, conv), None, None
     if need_input:
         more = {"bits": bits, "compact": plan.compact} if launches is _pointwise else {}
         found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight, **more)
@@ -163,10 +164,11 @@ def _finish(
     return in_sums, res_sums, dw, dweight, dbias
 
 
-def _launches(weight: Tensor, conv: Conv) -> ModuleType:
+def _launches(source: Source, weight: Tensor, conv: Conv) -> ModuleType:
     """Whose kernels serve the convolution: a module with fwd, dgrad and wgrad."""
-    kernel_size = (weight.size(2), weight.size(3))
-    return _pointwise if conv.is_pointwise(kernel_size) else _spatial
+    if conv.is_pointwise((weight.size(2), weight.size(3))):
+        return _pointwise
+    return _stem if source.mean is None and _stem.serves(weight, conv) else _spatial
 
 
 def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:

@@ -223,6 +223,23 @@ def place_of(row0, local, height, width):
 
 
 @triton.jit
+def place_within(row0, local, height, width, WIDE: tl.constexpr):
+    """place_of in the type of row0. WIDE: no local exceeds width, and compares do for divisions."""
+    image = row0 // (height * width)
+    first = (row0 - image * (height * width)).to(tl.int32)
+    if WIDE:
+        col = first % width + local
+        over = col >= width
+        row = first // width + over.to(tl.int32)
+        below = row >= height
+        col = tl.where(over, col - width, col)
+        return image + below.to(tl.int32), tl.where(below, row - height, row), col
+    else:
+        row = (first + local) // width
+        return image + row // height, row % height, (first + local) % width
+
+
+@triton.jit
 def tap(images, pixel, C, inside, EVEN: tl.constexpr):
     """y at a pixel of each row's image; `images` points at their first pixels."""
     at = images + (pixel.to(tl.int64) * C)[:, None]
