@@ -29,6 +29,7 @@ ELSE = "triton and not nchw and not gradcheck"
 SUITES = {  # a name: the file, and what of it
     "in_interpreter, networks": ("in_interpreter", "small_resnet"),
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
+    "in_interpreter_tune": ("in_interpreter_tune", ""),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fusedres import backends
 from fusedres._plan_table import device_name
-from fusedres.bench.convolutions import Site, Tuned, kernels_of
+from fusedres.bench.convolutions import DIRECTIONS, Site, Tuned, kernels_of
 from fusedres.bench.harness import Rotation, captured, compare, without_search
 from fusedres.bench.judging import suspect
 from fusedres.bench.measure import (
@@ -62,9 +62,10 @@ class Budget:
 
     def allows(self, *kinds: str) -> bool:
         """Whether these measurements would end in time, if each took as long as the longest of the
-        last ten of its kind; of a kind that is new nothing is known.
+        last ten of its kind; one of a new kind, as the longest of all.
         """
-        expected = sum(max(self.taken[kind], default=0.0) for kind in kinds)
+        longest = max((max(of) for of in self.taken.values() if of), default=0.0)
+        expected = sum(max(self.taken[kind], default=longest) for kind in kinds)
         return self.clock() - self.start + expected < self.seconds
 
     @contextmanager
@@ -92,46 +93,95 @@ def tune_site(site: Site, count: int, setting: Setting, budget: Budget, rows: li
     """
     if not budget.allows("preparation", "plans"):
         return False
-    found: dict[str, Config] = {}
-    gains: dict[str, float] = {}
-    before: dict[str, Config] = {}
-    missed = 0
+    sweep = _Layer(site, count, setting, budget, rows)
     for backend in own_backends("conv_bn", site.device, site.dtype):
         kernels = kernels_of(site.layer, backend)
         for direction in dict.fromkeys(kernel.direction for kernel in kernels):
-            own = [kernel for kernel in kernels if kernel.direction == direction]
-            before |= {kernel.kernel: in_force(site, kernel) for kernel in own}
-            if not budget.allows("preparation", "configuration", "plans"):
-                missed += sum(len(_configs.candidates(k.kernel, site.shape)) for k in own)
-                continue
-            case = site.case(direction, count)
-            try:
-                with budget.measuring("preparation"):
-                    bench = _Bench(case, setting)
-            except Exception as error:  # of memory, most likely
-                known = case.fields | {"dtype": name_of(case.dtype), "name": f"fusedres-{backend}"}
-                known |= {"section": "configs", "backend": backend, "plan": own[0].plan}
-                rows.append(failed_row(known, reason_of(error), setting).row)
-                continue
-            for kernel in own:
-                one = _Sweep(bench, site, backend, kernel, found)
-                one.try_all(before[kernel.kernel], budget, rows)
-                missed += one.missed
-                if one.taken is not None:
-                    found[kernel.kernel] = one.taken
-                if one.gain is not None:
-                    gains[kernel.kernel] = one.gain
+            sweep.run(backend, [k for k in kernels if k.direction == direction])
     if not budget.allows("plans"):
         return False
     backend, plan = _way_now(site)
     with budget.measuring("plans"):
-        rows += _plan_rows(site, count, setting, found, (backend, plan))
-    was = {"plan": plan, "configs": {kernel: asdict(config) for kernel, config in before.items()}}
+        now = (backend, plan) if sweep.sound else None
+        rows += _plan_rows(site, count, setting, sweep.found, now)
+    was = {"plan": plan, "configs": _as_json(sweep.before)}
     tuned = site.case(site.training[0], count).fields | {"section": "tuned", "case": ""}
     tuned |= {"dtype": name_of(site.dtype), "name": "fusedres-tune", "plan": None, "backend": None}
-    tuned |= {"configs": {kernel: asdict(config) for kernel, config in found.items()}}
-    rows.append(tuned | {"gains": gains, "was": was, "missed": missed, **setting.where})
+    tuned |= {"configs": _as_json(sweep.found), "gains": sweep.gains, "was": was}
+    rows.append(tuned | {"missed": sweep.missed, **setting.where})
     return True
+
+
+def _as_json(configs: Mapping[str, Config]) -> dict[str, dict[str, int]]:
+    return {kernel: asdict(config) for kernel, config in configs.items()}
+
+
+class _Layer:
+    """The configurations of all kernels of a layer.
+
+    Attributes:
+        before: those in force.
+        found: those to take, where the rule has others.
+        gains: the time of those over that of those before.
+        missed: how many were not tried.
+        sound: whether those before are right.
+    """
+
+    def __init__(
+        self, site: Site, count: int, setting: Setting, budget: Budget, rows: list[Row]
+    ) -> None:
+        self.site, self.count, self.setting = site, count, setting
+        self.budget, self.rows = budget, rows
+        self.before: dict[str, Config] = {}
+        self.found: dict[str, Config] = {}
+        self.gains: dict[str, float] = {}
+        self.missed, self.sound = 0, True
+
+    def run(self, backend: str, kernels: Sequence[Tuned]) -> None:
+        """Those of kernels that run in one direction."""
+        self.before |= {kernel.kernel: in_force(self.site, kernel) for kernel in kernels}
+        if not self.budget.allows("preparation", "configuration", "plans"):
+            tried = (_configs.candidates(k.kernel, self.site.shape) for k in kernels)
+            self.missed += sum(map(len, tried))
+            return
+        case = self.site.case(kernels[0].direction, self.count)
+        try:
+            with self.budget.measuring("preparation"):
+                bench = _Bench(case, self.setting)
+                others = self._sound(bench, backend, kernels) if len(kernels) > 1 else {}
+        except Exception as error:  # of memory, most likely
+            _check_device(self.setting, f"{backend}, {self.site.layer}")
+            known = case.fields | {"section": "configs", "name": f"fusedres-{backend}"}
+            known |= {"dtype": name_of(case.dtype), "backend": backend, "plan": kernels[0].plan}
+            self.rows.append(failed_row(known, reason_of(error), self.setting).row)
+            return
+        for kernel in kernels:
+            one = _Sweep(bench, self.site, backend, kernel, others | self.found)
+            one.try_all(self.before[kernel.kernel], self.budget, self.rows)
+            self.missed += one.missed
+            self.sound &= one.sound
+            if one.taken is not None:
+                self.found[kernel.kernel] = one.taken
+            if one.gain is not None:
+                self.gains[kernel.kernel] = one.gain
+
+    def _sound(self, bench: _Bench, backend: str, kernels: Sequence[Tuned]) -> dict[str, Config]:
+        """Where kernels that run together are wrong together: for each a configuration that is
+        right alone, in a direction of its own, lest the one be blamed for the other.
+        """
+        first = _Sweep(bench, self.site, backend, kernels[0], {})
+        if first.is_right(self.before[kernels[0].kernel]):
+            return {}
+        found: dict[str, Config] = {}
+        for kernel in (k for k in kernels if k.kernel in DIRECTIONS):
+            alone = _Bench(self.site.case(kernel.kernel, self.count), self.setting)
+            sweep = _Sweep(alone, self.site, backend, kernel, {})
+            candidates = _configs.candidates(kernel.kernel, self.site.shape)
+            tried = [self.before[kernel.kernel], *candidates]
+            right = next((config for config in tried if sweep.is_right(config)), None)
+            if right is not None:
+                found[kernel.kernel] = right
+        return found
 
 
 def _residual(site: Site, kernel: Tuned) -> int:
@@ -216,6 +266,7 @@ class _Sweep:
         taken: what the kernel is to take from now on, None for what the rule says.
         gain: its time over that of the one in force.
         missed: how many the budget left out.
+        sound: whether the one in force is right.
     """
 
     def __init__(
@@ -225,13 +276,14 @@ class _Sweep:
         self.candidate = bench.candidate(backend, kernel.plan)
         self.taken: Config | None = None
         self.gain: float | None = None
-        self.missed = 0
+        self.missed, self.sound = 0, True
 
     def try_all(self, now: Config, budget: Budget, rows: list[Row]) -> None:
         """Each against the one in force; their rows are added."""
         with budget.measuring("configuration"):
             row, reference = self._checked(now)
         rows.append(row)
+        self.sound = reference is not None
         best, held = (1.0, now), now
         for config in _configs.candidates(self.kernel.kernel, self.site.shape):
             if config == now:
@@ -258,6 +310,10 @@ class _Sweep:
                 self.taken, self.gain = best[1], row["ratio"] if held == now else None
         if self.taken is None and (held != now or now != _by_rule(self.site, self.kernel)):
             self.taken = held
+
+    def is_right(self, config: Config) -> bool:
+        """Whether it runs, and computes what it should."""
+        return "error" not in self._checked(config)[0]
 
     def _checked(self, config: Config) -> tuple[Row, _Ready | None]:
         """The row with the error of its result, and where that is right, what can be timed."""
@@ -292,16 +348,22 @@ def under(configs: Mapping[str, Config], run: Run) -> Run:
 
 
 def _plan_rows(
-    site: Site, count: int, setting: Setting, found: Mapping[str, Config], now: tuple[str, str]
+    site: Site,
+    count: int,
+    setting: Setting,
+    found: Mapping[str, Config],
+    now: tuple[str, str] | None,
 ) -> list[Row]:
-    """Every plan of every backend, and how the layer runs now, side by side."""
+    """Every plan of every backend, and how the layer runs now, side by side; None where that is
+    wrong.
+    """
     rows: list[Row] = []
     for direction in site.training:
         case = site.case(direction, count)
         judged = [c for c in case.candidates if c.judged]
         present = [c for c in judged if (c.backend, c.plan) == now]
         candidates = [replace(c, run=under(found, c.run)) if c.plan else c for c in judged]
-        name, note = f"fusedres-{NOW}", ", ".join(now)
+        name, note = f"fusedres-{NOW}", "how it runs now: " + ", ".join(now or ())
         candidates += [replace(c, name=name, backend=None, plan=None, note=note) for c in present]
         one = replace(case, candidates=tuple(candidates))
         rows += [measured.row for measured in run_job(op_job(one, setting), setting)]

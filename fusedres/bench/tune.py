@@ -58,7 +58,9 @@ class Change(NamedTuple):
     gain: float | None
 
     def __str__(self) -> str:
-        gain = "" if self.gain is None else f", {self.gain:.1%} of the time less"
+        if self.gain is None:
+            return f"{self.where}: {self.what} {self.old} -> {self.new}"
+        gain = f", {abs(self.gain):.1%} {'less' if self.gain >= 0 else 'more'} time"
         return f"{self.where}: {self.what} {self.old} -> {self.new}{gain}"
 
 
@@ -86,6 +88,15 @@ class _Site:
         """The fastest plan, where there was a choice."""
         plans = {p: ms for p, ms in self.totals.items() if p != NOW and ms < math.inf}
         return min(plans, key=lambda plan: plans[plan]) if len(plans) > 1 else None
+
+    def present(self, was: Entry) -> float:
+        """ms of a step as it ran before: of its plan, but for other configurations."""
+        kept = not self.tuned or _subset(self.tuned["configs"], was.get("configs", {}))
+        return self.totals.get(was.get("plan", "") if kept else NOW, math.inf)
+
+
+def _subset(one: Entry, two: Entry) -> bool:
+    return all(two.get(name) == value for name, value in one.items())
 
 
 def decides(job: Job) -> bool:
@@ -297,7 +308,7 @@ def changes_of(
             where = f"{device}, {dtype}, {channels} -> {filters}, {kernel}x{kernel}/{stride}"
             where += f", batch {site.batch}"
             was = site.tuned["was"] if site.tuned else entry
-            present = site.totals.get(NOW, site.totals.get(was.get("plan", ""), math.inf))
+            present = site.present(was)
             found = _changes_at(where, site, plan, was, present)
             changed += found
             unchanged += not found

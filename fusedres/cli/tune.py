@@ -307,11 +307,12 @@ def _say_what_is_wrong(rows: Sequence[Row]) -> int:
     for row, reason in found:
         shape = "x".join(map(str, row["shape"]))
         print(f"WRONG  {row['case']}, {shape}, {row['dtype']}, {label(row)}: {reason}")
-    failed = [row["error"].partition(":")[0] for row in tried if "error" in row]
+    once = {(row["device"], results.key(row)): row for row in tried}.values()
+    failed = [row["error"].partition(":")[0] for row in once if "error" in row]
     reasons = Counter(reason for reason in failed if reason != "wrong result")
     if reasons:
         said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        print(f"{len(tried)} configurations tried, of which some do not run here: {said}")
+        print(f"{len(once)} configurations tried, of which some do not run here: {said}")
     missed = sum(row["missed"] for row in rows if row["section"] == "tuned")
     if missed:
         print(f"{missed} configurations were not reached")
