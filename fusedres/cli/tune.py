@@ -224,7 +224,7 @@ def _in_turn(
         return True
 
     for site, count in in_order(sites_of(device, dtype, batches)):
-        if not _is_done(site.case("fwd", count).fields, site, rows, setting.where):
+        if not _is_done(site, rows, setting.where):
             layer = partial(tune_site, site, count, setting, budget)
             measurements.append((_title(site), layer))
     for case in light_cases(device, dtype, batches, quick):
@@ -268,11 +268,11 @@ def in_order(sites: Sequence[tuple[Site, int]]) -> list[tuple[Site, int]]:
     return sorted(sites, key=lambda pair: (batches.index(pair[0].batch), -share(*pair)))
 
 
-def _is_done(fields: Row, site: Site, rows: Sequence[Row], where: Row) -> bool:
-    dtype = str(site.dtype).removeprefix("torch.")
+def _is_done(site: Site, rows: Sequence[Row], where: Row) -> bool:
+    shape, dtype = site.case("fwd", 1).fields["shape"], str(site.dtype).removeprefix("torch.")
     return any(
         row["section"] == "tuned"
-        and (row["shape"], row["dtype"], row["batch"]) == (fields["shape"], dtype, site.batch)
+        and (row["shape"], row["dtype"]) == (shape, dtype)
         and all(row.get(k) == where.get(k) for k in ("device", "commit", "torch", "triton"))
         for row in rows
     )
