@@ -52,8 +52,8 @@ def info() -> Info:
     Returns:
         A printable dict: version, python, torch, platform, devices, extension (None or compiler,
         cuda_version, cuda_archs), plan_table (entries shipped, of the user, the path of the user's,
-        and by device how many were measured and how many modelled), requested_backend, threads, and backends by name, each with ready, reason, ops,
-        devices, dtypes.
+        and by device how many were measured and how many modelled), requested_backend, threads,
+        and backends by name, each with ready, reason, ops, devices, dtypes.
     """
     extension = native.load()
     devices = _devices()

@@ -377,6 +377,25 @@ def test_a_killed_run_leaves_a_table_and_another_goes_on(
     assert len(ran) == 5  # without --resume all is measured anew
 
 
+def test_a_run_at_another_size_keeps_what_was_measured_before(
+    table: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though its own entry would hold for all larger sizes; and it speaks of its own layers."""
+    world.ms = {("fwd", FAST): 0.5}
+    main(["tune", "--batch", "64"])
+    world.split = 0.1
+    capsys.readouterr()
+    main(["tune", "--batch", "2"])
+    assert "batch 64" not in capsys.readouterr().out
+    for channels, filters in ((64, 256), (256, 64)):
+        shape = _plan_table.Shape(channels, filters, (1, 1), (1, 1))
+        found = [
+            _plan_table.lookup("cpu", torch.float32, shape._replace(rows=batch * 56 * 56))
+            for batch in (2, 64)
+        ]
+        assert [entry and entry["plan"] for entry in found] == ["split", "fused"]
+
+
 def test_a_device_that_broke_ends_the_run_and_names_the_reason(
     table: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,11 @@ def test_on_a_cpu_ratios_within_a_run_count_not_the_machines_mood() -> None:
     assert len(changes([old, measure], [old, measure])) == 1  # eager is held to nothing
 
 
+def test_what_tune_left_is_passed_over() -> None:
+    tuned = {k: v for k, v in row(section="tuned").items() if k not in ("ms", "p20", "p80")}
+    assert len(changes([row(), tuned], [row(), tuned])) == 1
+
+
 def test_errors_and_failures_outrank_speed() -> None:
     assert verdict(row(), row(max_error=2e-6)) == "same"  # within the floor of float32
     assert verdict(row(), row(max_error=1e-3, ms=0.5, p20=0.5, p80=0.5)) == "wrong"

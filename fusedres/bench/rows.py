@@ -53,6 +53,7 @@ from fusedres.training.files import write_atomically
 
 Row = dict[str, Any]
 SECTIONS = ("ceilings", "light", "conv_bn", "blocks", "train", "infer", "profile")
+TUNING = ("configs", "tuned")  # sections of `fusedres tune`
 _ALWAYS = ("section", "name", "dtype", "device")  # what no row can be read without
 _IDENTITY = ("section", "case", "shape", "dtype", "batch", "name", "plan")
 

@@ -96,8 +96,8 @@ def tune_site(site: Site, count: int, setting: Setting, budget: Budget, rows: li
     sweep = _Layer(site, count, setting, budget, rows)
     for backend in own_backends("conv_bn", site.device, site.dtype):
         kernels = kernels_of(site.layer, backend)
-        for direction in dict.fromkeys(kernel.direction for kernel in kernels):
-            sweep.run(backend, [k for k in kernels if k.direction == direction])
+        for run in dict.fromkeys((kernel.plan, kernel.direction) for kernel in kernels):
+            sweep.run(backend, [k for k in kernels if (k.plan, k.direction) == run])
     if not budget.allows("plans"):
         return False
     backend, plan = _way_now(site)
@@ -138,7 +138,7 @@ class _Layer:
         self.missed, self.sound = 0, True
 
     def run(self, backend: str, kernels: Sequence[Tuned]) -> None:
-        """Those of kernels that run in one direction."""
+        """Those of kernels that run together."""
         self.before |= {kernel.kernel: in_force(self.site, kernel) for kernel in kernels}
         if not self.budget.allows("preparation", "configuration", "plans"):
             tried = (_configs.candidates(k.kernel, self.site.shape) for k in kernels)
@@ -149,6 +149,8 @@ class _Layer:
             with self.budget.measuring("preparation"):
                 bench = _Bench(case, self.setting)
                 others = self._sound(bench, backend, kernels) if len(kernels) > 1 else {}
+        except DeviceLostError:
+            raise
         except Exception as error:  # of memory, most likely
             _check_device(self.setting, f"{backend}, {self.site.layer}")
             known = case.fields | {"section": "configs", "name": f"fusedres-{backend}"}

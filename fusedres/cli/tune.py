@@ -78,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help=f"the table (default: {_plan_table.PATH} in the user's cache)"
     )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="for what was measured (default: beside the table)",
+    )
     parser.add_argument("--clear", action="store_true", help="remove the user's table")
 
 
@@ -102,14 +108,14 @@ def run(args: argparse.Namespace) -> int:
     table = _Table(path)
     lost = ""
     if args.files:
-        rows = _from_files(args.files)
+        rows = [row for file in args.files for row in _rows_in(file, "--from")]
+        table.write(rows)
     else:
         rows, lost = _measured(args, table)
     wrong = _say_what_is_wrong(rows) + bool(lost)
     if lost:
         print(f"WRONG  {lost}: it broke the GPU's context, and the run ended there")
     _say_what_changed(rows)
-    table.write(rows)
     table.say()
     return 1 if wrong else 0
 
@@ -121,6 +127,7 @@ class _Table:
         self.path, self.old = path, _entries_in(path)
         self.new: list[Entry] = []
         self.kept: list[Entry] = self.old
+        _plan_table.entries()  # read now: they are in force to the end, whatever is written
 
     def write(self, rows: Sequence[Row]) -> None:
         """The entries of these rows, and what they leave of the old ones."""
@@ -143,11 +150,11 @@ def _write(path: Path, table: Sequence[Entry]) -> None:
     write_atomically(path, _plan_table.text_of(table).encode())
 
 
-def _from_files(files: list[Path]) -> list[Row]:
+def _rows_in(path: Path, option: str) -> list[Row]:
     try:
-        return results.read(files)
+        return results.read([path])
     except ValueError as error:
-        raise UserError(f"--from: {error}") from None
+        raise UserError(f"{option}: {error}") from None
 
 
 def _entries_in(path: Path) -> list[Entry]:
@@ -163,8 +170,11 @@ def _entries_in(path: Path) -> list[Entry]:
 
 
 def _measured(args: argparse.Namespace, table: _Table) -> tuple[list[Row], str]:
-    """Measure; rows and table are written after every layer, for the run may be cut short. And what
-    broke the device, if anything did.
+    """Measure; rows and table are written after every layer, for the run may be cut short.
+
+    Returns:
+        The rows of this run, with --resume all that there are, and what broke the device, if
+        anything did. Rows that another run left make up the table too: it measured other sizes.
     """
     device = device_of(args.device)
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
@@ -175,20 +185,22 @@ def _measured(args: argparse.Namespace, table: _Table) -> tuple[list[Row], str]:
     prepare(device)
     setting = setting_for(device, args.quick)
     budget = Budget(60.0 * args.budget)
-    path = table.path.with_suffix(".rows.json")
-    rows = results.read([path]) if args.resume and path.is_file() else []
+    path = args.rows or table.path.with_suffix(".rows.json")
+    rows = _rows_in(path, "--rows") if path.is_file() else []
+    done, told = (rows, list(rows)) if args.resume else ([], [])
     print(f"rows go to {path}; with --resume a later run goes on from there")
     batches = args.batch or ((256,) if args.quick else (256, 32))
     not_reached, lost = [], ""
-    for title, measure in _in_turn(device, dtype, batches, setting, budget, rows, args.quick):
+    for title, measure in _in_turn(device, dtype, batches, setting, budget, done, args.quick):
         new: list[Row] = []
         try:
             if not measure(new):
                 not_reached.append(title)
         except DeviceLostError as error:
             lost = str(error)
+        told += new
         fresh = {(row["device"], results.key(row)) for row in new}
-        rows[:] = [r for r in rows if (r["device"], results.key(r)) not in fresh] + new
+        rows = [row for row in rows if (row["device"], results.key(row)) not in fresh] + new
         results.write(path, rows)
         table.write(rows)
         if lost:
@@ -197,7 +209,7 @@ def _measured(args: argparse.Namespace, table: _Table) -> tuple[list[Row], str]:
         print(f"not reached in {args.budget} minutes: {len(not_reached)}")
         for title in not_reached:
             print(f"  {title}")
-    return rows, lost
+    return told, lost
 
 
 # adds its rows to a list, and says whether the budget left room for all that it is for
@@ -210,10 +222,10 @@ def _in_turn(
     batches: Sequence[int],
     setting: Setting,
     budget: Budget,
-    rows: Sequence[Row],
+    done: Sequence[Row],
     quick: bool,
 ) -> Iterator[tuple[str, Measurement]]:
-    """Layers as `in_order` has them, then light passes; without what `rows` have already."""
+    """Layers as `in_order` has them, then light passes; without what is done."""
     measurements: list[tuple[str, Measurement]] = []
 
     def light_pass(job: Job, new: list[Row]) -> bool:
@@ -224,12 +236,12 @@ def _in_turn(
         return True
 
     for site, count in in_order(sites_of(device, dtype, batches)):
-        if not _is_done(site, rows, setting.where):
+        if not _is_done(site, done, setting.where):
             layer = partial(tune_site, site, count, setting, budget)
             measurements.append((_title(site), layer))
     for case in light_cases(device, dtype, batches, quick):
         job = op_job(case, setting)
-        if decides(job) and not is_done(job, rows, setting.where):
+        if decides(job) and not is_done(job, done, setting.where):
             measurements.append((job.title, partial(light_pass, job)))
     bar = require("tqdm", "tqdm", "the progress bar", "bench").tqdm(
         measurements, unit="layer", dynamic_ncols=True
