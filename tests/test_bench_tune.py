@@ -403,6 +403,7 @@ def test_a_device_that_broke_ends_the_run_and_names_the_reason(
         raise sweep.DeviceLostError(f"{what}: illegal memory access")
 
     monkeypatch.setattr(sweep, "_check_device", lost)
+    monkeypatch.setattr(_configs, "candidates", lambda *_: [LEVEL, LARGE])
     assert main(["tune", "--batch", "2"]) == 1
     said = capsys.readouterr().out
     assert "WRONG  fwd fusedres-triton 128x16x16/4/1" in said and "illegal memory access" in said

@@ -145,6 +145,8 @@ class _Layer:
             self.missed += sum(map(len, tried))
             return
         case = self.site.case(kernels[0].direction, self.count)
+        if self.setting.on_gpu:
+            torch.cuda.empty_cache()  # of the graphs of the direction before
         try:
             with self.budget.measuring("preparation"):
                 bench = _Bench(case, self.setting)
