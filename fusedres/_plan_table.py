@@ -4,8 +4,10 @@
 A leaf: backends asks it for plans and for who runs a light pass, triton_kernels for configurations.
 An entry names a device (as torch does), a dtype, and one of two things. The shape of a convolution,
 and maybe `rows`, [least, most] pixels of its output. Or an op that is a light pass, the size class
-of its tensor, `bytes` [least, most], and the backend that is fastest there. Where no entry fits,
-the heuristics of those who ask decide.
+of its tensor, `bytes` [least, most], and the backend that is fastest there. Its `source` is
+"measured", as is one that does not say, or "model": reasoned from bytes and rates by
+bench/plan_model.py, and asked only where nothing was measured. Where no entry fits, the heuristics
+of those who ask decide.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fusedres._plans import is_plan
 
+T = TypeVar("T")
 PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
@@ -30,7 +33,18 @@ _KERNELS = {"fwd", "dgrad", "wgrad", "fwd_plain", "wgrad_plain"}  # plain: no pr
 _LIGHT_OPS = {"batch_norm", "bn_act", "bn_relu_maxpool", "add_relu"}
 _LIGHT_BACKENDS = {"cpp", "cuda", "triton"}
 _LIGHT = {"device", "dtype", "op", "bytes", "backend"}
+MEASURED, MODELLED = SOURCES = ("measured", "model")
 _FIELDS = {"BM", "BN", "BK", "num_warps", "num_stages"}  # and maybe "programs"
+
+
+_caches: list[Any] = []  # of what was read off the tables
+
+
+def remembered(function: Callable[..., T]) -> Callable[..., T]:
+    """functools.cache for what depends on the tables: `reload` clears it."""
+    _caches.append(cache(function))
+    found: Callable[..., T] = _caches[-1]
+    return found
 
 
 class Shape(NamedTuple):
@@ -51,8 +65,8 @@ def user_path() -> Path:
 
 @torch.compiler.assume_constant_result
 def entries() -> list[dict[str, Any]]:
-    """All entries, checked, the user's first. A table of the user's that cannot be used is passed
-    over, with a warning.
+    """All entries, checked: what was measured, the user's first, then what was modelled, likewise.
+    A table of the user's that cannot be used is passed over, with a warning.
 
     Raises:
         ValueError: the shipped table is of another format, or an entry is malformed.
@@ -60,9 +74,20 @@ def entries() -> list[dict[str, Any]]:
     return _read()
 
 
-@cache
+@remembered
 def _read() -> list[dict[str, Any]]:
-    return [*user_entries(), *shipped_entries()]
+    return sorted([*user_entries(), *shipped_entries()], key=is_modelled)
+
+
+def is_modelled(entry: dict[str, Any]) -> bool:
+    """Whether nobody measured what it says."""
+    return entry.get("source") == MODELLED
+
+
+def counts(device: str) -> dict[str, int]:
+    """How many entries about a device were measured, and how many modelled."""
+    modelled = [is_modelled(entry) for entry in entries() if entry["device"] == device]
+    return {MEASURED: modelled.count(False), MODELLED: modelled.count(True)}
 
 
 def shipped_entries() -> list[dict[str, Any]]:
@@ -97,7 +122,7 @@ def text_of(table: Sequence[dict[str, Any]]) -> str:
 
 def reload() -> None:
     """Read the tables anew, after one was written."""
-    for function in (_read, _light, lookup):
+    for function in _caches:
         function.cache_clear()
 
 
@@ -118,13 +143,14 @@ def check(entry: dict[str, Any]) -> None:
         _check_light(entry)
         return
     required = {"device", "dtype", "in_channels", "out_channels", "kernel", "stride"}
-    optional = {"rows", "plan", "configs"}
+    optional = {"rows", "plan", "configs", "source"}
     names = set(entry)
     if not required <= names <= required | optional:
         raise ValueError(f"{PATH}: an entry has {sorted(required)}, and maybe {sorted(optional)}")
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
-    if not is_plan(entry.get("plan", "split")):
+    _check_source(entry)
+    if "plan" in entry and not is_plan(entry["plan"]):
         raise ValueError(f"{PATH}: plan must be as in _plans, got {entry['plan']!r}")
     configs = entry.get("configs", {})
     if not set(configs) <= _KERNELS or any(
@@ -138,8 +164,14 @@ def check(entry: dict[str, Any]) -> None:
         raise ValueError(f"{PATH}: rows must be [least, most or null], got {rows!r}")
 
 
+def _check_source(entry: dict[str, Any]) -> None:
+    if entry.get("source", MEASURED) not in SOURCES:
+        raise ValueError(f"{PATH}: source must be one of {SOURCES}, got {entry['source']!r}")
+
+
 def _check_light(entry: dict[str, Any]) -> None:
-    if set(entry) != _LIGHT:
+    _check_source(entry)
+    if set(entry) - {"source"} != _LIGHT:
         raise ValueError(f"{PATH}: an entry of an op has {sorted(_LIGHT)}, got {sorted(entry)}")
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{PATH}: dtype must be one of {sorted(_DTYPES)}, got {entry['dtype']!r}")
@@ -159,7 +191,7 @@ def light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | No
     return _light(device, op, dtype)
 
 
-@cache
+@remembered
 def _light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | None, str], ...]:
     wanted = (device, op, str(dtype).removeprefix("torch."))
     return tuple(
@@ -169,7 +201,7 @@ def _light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | N
     )
 
 
-@cache
+@remembered
 def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | None:
     """What the entries say of such a convolution on the device of this name, the first of them
     first: one may hold its plan, another its configurations.

@@ -34,6 +34,9 @@ class Info(dict[str, Any]):
             f"plan table: {plans['shipped']} entries shipped, {plans['user']} by `fusedres tune` "
             f"in {plans['path']}"
         )
+        for name, counts in plans["devices"].items():
+            measured, modelled = counts[_plan_table.MEASURED], counts[_plan_table.MODELLED]
+            lines.append(f"  {name}: {measured} measured, {modelled} by a model of bytes and rates")
         lines.append(f"backend asked for: {asked}; CPU threads: {self['threads']}")
         width = max(map(len, self["backends"]))
         for name, backend in self["backends"].items():
@@ -48,14 +51,12 @@ def info() -> Info:
 
     Returns:
         A printable dict: version, python, torch, platform, devices, extension (None or compiler,
-        cuda_version, cuda_archs), plan_table (entries shipped, of the user, and the path of the
-        user's), requested_backend, threads, and backends by name, each with ready, reason, ops,
-        devices, dtypes.
+        cuda_version, cuda_archs), plan_table (entries shipped, of the user, the path of the user's,
+        and by device how many were measured and how many modelled), requested_backend, threads,
+        and backends by name, each with ready, reason, ops, devices, dtypes.
     """
     extension = native.load()
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = _devices()
     return Info(
         version=__version__,
         python=platform.python_version(),
@@ -73,11 +74,18 @@ def info() -> Info:
             "shipped": len(_plan_table.shipped_entries()),
             "user": len(_plan_table.user_entries()),
             "path": str(_plan_table.user_path()),
+            "devices": {name: _plan_table.counts(name) for name in devices},
         },
         requested_backend=backends.requested_backend(),
         threads=torch.get_num_threads(),
         backends={name: _describe(b) for name, b in backends.BACKENDS.items()},
     )
+
+
+def _devices() -> list[str]:
+    """As the plan table names them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(torch.cuda.get_device_name(i) for i in range(count))]
 
 
 def _describe(backend: backends.Backend) -> dict[str, Any]:

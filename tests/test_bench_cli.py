@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from fusedres.bench import rows as results
 from fusedres.bench.measure import Ceilings, Job, Measured, Setting, is_done
 from fusedres.cli import bench, main, tune
 from fusedres.info import info
+
+info_module = importlib.import_module("fusedres.info")  # the module, not the function
 
 ROW = {"section": "train", "case": "resnet50", "shape": [4, 3, 224, 224], "batch": 4}
 ROW |= {"dtype": "float32", "device": "cpu", "plan": None, "backend": None, "against": "eager"}
@@ -250,15 +253,19 @@ def test_tune_writes_the_users_table_which_comes_first(
     assert main(["tune", "--from", files]) == 0
     said = capsys.readouterr().out
     assert f"2 entries measured, 0 kept, in {cache}" in said
-    assert "H200, bfloat16, 64 -> 256, 1x1/1 (from 200,704 pixels): fused" in said
-    assert "new  NVIDIA H200, float32, bn_act (from 4,096 bytes): cuda" in said
+    assert "1 as before" in said  # by the model it was fused too
+    assert "new  NVIDIA H200, float32, bn_act (from 4,096 bytes): backend by rule -> cuda" in said
     shape = _plan_table.Shape(64, 256, (1, 1), (1, 1))
     entry = _plan_table.lookup("NVIDIA H200", torch.bfloat16, shape)
     assert entry is not None and entry["plan"] == "fused"
     # measured again, with another outcome: replaced, and what was not measured stays
     files = written(tmp_path / "b.json", *both(256, 2.0, 1.5))
     assert main(["tune", "--from", files]) == 0
-    assert "1 entries measured, 1 kept" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 entries measured, 1 kept" in said
+    where = "NVIDIA H200, bfloat16, 64 -> 256, 1x1/1, batch 256"
+    assert f"new  {where}: plan fused -> split, 25.0% less time" in said
+    assert "a training step of batch 256 saves 1.500 ms by it (NVIDIA H200, bfloat16)" in said
     entry = _plan_table.lookup("NVIDIA H200", torch.bfloat16, shape)
     assert entry is not None and entry["plan"] == "split"
     assert _plan_table.light("NVIDIA H200", "bn_act", torch.float32) == ((4096, None, "cuda"),)
@@ -291,8 +298,10 @@ def test_wrong_results_do_not_win(
 ) -> None:
     rows = both(256, 1.0, 1.5)
     rows[0]["max_error"] = 3.0
-    assert main(["tune", "--from", written(tmp_path / "a.json", *rows)]) == 0
-    assert "nothing to choose in these measurements" in capsys.readouterr().out
+    assert main(["tune", "--from", written(tmp_path / "a.json", *rows)]) == 1
+    said = capsys.readouterr().out
+    assert "WRONG  fwd, 256x56x64x256x1x1, bfloat16, fusedres-triton, fused: error 3.0e+00" in said
+    assert "nothing to choose in these measurements" in said
     assert not cache.exists()
 
 
@@ -309,36 +318,61 @@ def test_a_table_elsewhere_and_one_that_is_something_else(
     assert main(["tune", "--from", str(out)]) == 0 and out.read_text() == "[]"
 
 
-def test_tune_measures_what_decides_and_leaves_its_rows(
+def test_tune_measures_light_passes_behind_the_layers(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both_plans = ("fusedres-triton, fused", "fusedres-triton, split", "eager")
-    jobs = [
-        Job({"section": "conv_bn", "case": "fwd"}, "decides", both_plans, lambda _: []),
-        Job({"section": "conv_bn", "case": "fwd"}, "does not", both_plans[1:], lambda _: []),
-    ]
-    ran = []
+    two = ("fusedres-cuda", "fusedres-triton", "eager")
+    about = {"section": "light", "case": "bn_act_fwd", "shape": [1], "batch": 1, "dtype": "float32"}
+    jobs = {
+        "decides": Job(about, "decides", two, lambda _: []),
+        "does not": Job(about, "does not", two[1:], lambda _: []),
+    }
+    ran: list[str] = []
 
     def run_job(job: Job, _: Setting) -> list[Measured]:
         ran.append(job.title)
-        return [Measured(row) for row in both(256, 1.0, 1.5)]
+        return [Measured(row) for row in passes(8, cuda=1.0, triton=2.0)]
+
+    def tune_site(site: str, *_: Any) -> bool:
+        ran.append(site)
+        return True
 
     monkeypatch.setattr(tune, "own_backends", lambda *_: ["cuda", "triton"])
     monkeypatch.setattr(tune, "prepare", lambda _: None)
-    monkeypatch.setattr(tune, "jobs_of", lambda *_: jobs)
+    monkeypatch.setattr(tune, "in_order", lambda _: [("a layer", 1)])
+    monkeypatch.setattr(tune, "_is_done", lambda *_: False)
+    monkeypatch.setattr(tune, "_title", str)
+    monkeypatch.setattr(tune, "tune_site", tune_site)
+    monkeypatch.setattr(tune, "light_cases", lambda *_: list(jobs))
+    monkeypatch.setattr(tune, "op_job", lambda case, _: jobs[case])
     monkeypatch.setattr(tune, "run_job", run_job)
     assert main(["tune"]) == 0
-    assert ran == ["decides"]
-    assert "1 entries measured" in capsys.readouterr().out
+    assert ran == ["a layer", "decides"]
+    said = capsys.readouterr().out
+    assert "1 entries measured" in said and "not reached" not in said
     assert len(results.read([cache.with_suffix(".rows.json")])) == 4
 
 
-def test_info_counts_the_tables(cache: Path, tmp_path: Path) -> None:
+def test_info_counts_the_tables(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(["tune", "--from", written(tmp_path / "a.json", *both(256, 1.0, 1.5))])
+    monkeypatch.setattr(info_module, "_devices", lambda: ["cpu", "NVIDIA H200"])
     found = info()
-    shipped = len(_plan_table.shipped_entries())
-    assert found["plan_table"] == {"shipped": shipped, "user": 1, "path": str(cache)}
-    assert f"{shipped} entries shipped, 1 by `fusedres tune` in {cache}" in str(found)
+    shipped = _plan_table.shipped_entries()
+    modelled = sum(e["device"] == "NVIDIA H200" for e in shipped if e["source"] == "model")
+    assert found["plan_table"] == {
+        "shipped": len(shipped),
+        "user": 1,
+        "path": str(cache),
+        "devices": {
+            "cpu": {"measured": 0, "model": 0},
+            "NVIDIA H200": {"measured": 1, "model": modelled},
+        },
+    }
+    assert f"{len(shipped)} entries shipped, 1 by `fusedres tune` in {cache}" in str(found)
+    assert f"  NVIDIA H200: 1 measured, {modelled} by a model of bytes and rates" in str(found)
+    assert "  cpu: 0 measured, 0 by a model" in str(found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has something to choose")

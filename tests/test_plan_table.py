@@ -83,6 +83,57 @@ def test_the_shipped_table_is_well_formed() -> None:
     assert table["format"] == _plan_table.FORMAT
 
 
+def test_what_was_measured_comes_before_what_was_modelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The user's first among equals: a modelled one of the user's counts less than a measured one
+    that was shipped.
+    """
+    shape = Shape(64, 256, (1, 1), (1, 1), 1000)
+    model, measured = {"source": "model"}, {"source": "measured"}
+    shipped: list[dict[str, Any]] = [ENTRY | {"plan": "split"} | model]
+    user: list[dict[str, Any]] = []
+    monkeypatch.setattr(_plan_table, "shipped_entries", lambda: shipped)
+    monkeypatch.setattr(_plan_table, "user_entries", lambda: user)
+
+    def found() -> str:
+        _plan_table.reload()
+        entry = lookup("cpu", torch.bfloat16, shape)
+        assert entry is not None
+        return str(entry["plan"])
+
+    try:
+        assert found() == "split"
+        user.append(ENTRY | {"plan": "fused"} | model)
+        assert found() == "fused"
+        shipped.append(ENTRY | {"plan": "split"} | measured)
+        assert found() == "split"
+        user.append(ENTRY | {"plan": "fused"})  # which does not say: measured
+        assert found() == "fused"
+        assert _plan_table.counts("cpu") == {"measured": 2, "model": 2}
+        assert _plan_table.counts("NVIDIA H200") == {"measured": 0, "model": 0}
+    finally:
+        monkeypatch.undo()
+        _plan_table.reload()
+
+
+def test_a_reload_reaches_the_configurations_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedres.triton_kernels._configs import Config, config_of
+
+    user: list[dict[str, Any]] = []
+    monkeypatch.setattr(_plan_table, "user_entries", lambda: user)
+    _plan_table.reload()
+    shape = Shape(64, 256, (1, 1), (1, 1), 4096)
+    by_rule = config_of("fwd", "cpu", torch.bfloat16, shape, 0, 90)
+    config = {"BM": 16, "BN": 16, "BK": 16, "num_warps": 2, "num_stages": 5}
+    user.append(ENTRY | {"configs": {"fwd": config}})
+    assert config_of("fwd", "cpu", torch.bfloat16, shape, 0, 90) == by_rule
+    _plan_table.reload()
+    assert config_of("fwd", "cpu", torch.bfloat16, shape, 0, 90) == Config(**config)
+    monkeypatch.undo()
+    _plan_table.reload()
+
+
 def test_an_entry_decides_where_it_fits(table: Callable[..., None]) -> None:
     assert plan() == "fused"  # the heuristic
     table(ENTRY | {"plan": "split"})
@@ -180,6 +231,7 @@ def test_an_entry_configures_kernels(table: Callable[..., None]) -> None:
     [
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"plan": "fast"}, "plan must be"),
+        ({"source": "hearsay"}, "source must be"),
         ({"configs": {"bwd": {}}}, "configs are of"),
         ({"configs": {"fwd": {"BM": 64}}}, "configs are of.*num_warps"),
         ({"rows": [1]}, "rows must be"),
@@ -192,8 +244,13 @@ def test_malformed_entries_are_named(changes: dict[str, Any], message: str) -> N
         _plan_table.check(ENTRY | changes)
     with pytest.raises(ValueError, match="an entry has"):
         _plan_table.check({k: v for k, v in ENTRY.items() if k != "kernel"})
+    for source in _plan_table.SOURCES:
+        _plan_table.check(ENTRY | {"plan": "split", "source": source})
     light = LIGHT | {"bytes": [0, None], "backend": "cuda"}
     _plan_table.check(light)
+    _plan_table.check(light | {"source": "measured"})
+    with pytest.raises(ValueError, match="source must be"):
+        _plan_table.check(light | {"source": "hearsay"})
     for wrong in ({"bytes": [1]}, {"backend": "warp"}, {"op": "conv"}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             _plan_table.check(light | wrong)

@@ -31,6 +31,7 @@ SUITES = {  # a name: the file, and what of it
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
     "in_interpreter_dataflows": ("in_interpreter_dataflows", ""),
     "in_interpreter_spatial": ("in_interpreter_spatial", "not three_way"),
+    "in_interpreter_tune": ("in_interpreter_tune", ""),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fusedres import backends
 from fusedres._conv import Conv
+from fusedres._plan_table import Shape
 from fusedres._tensors import stat_dtype
 from fusedres.bench import roofline
 from fusedres.bench.light import norm_gradient, sums_of
@@ -50,8 +51,52 @@ def conv_cases(
         for direction in directions
         for batch in batches
         for layer, count in roofline.distinct(roofline.layers(image))
-        if layer.role != "stem" or direction in ("fwd", "wgrad")  # nobody wants the image's
+        if has_dgrad(layer) or direction in ("fwd", "wgrad")
     ]
+
+
+def has_dgrad(layer: Layer) -> bool:
+    """Whether anybody wants the gradient of its input: of the image nobody does."""
+    return layer.role != "stem"
+
+
+def conv_of(layer: Layer) -> Conv:
+    """Its geometry."""
+    padding = layer.kernel // 2
+    return Conv((layer.stride, layer.stride), (padding,) * 4, (1, 1), 1)
+
+
+def plans_of(layer: Layer, backend: str) -> tuple[str, ...]:
+    """The plans of a backend that are worth timing for a layer."""
+    kernel = (layer.kernel, layer.kernel)
+    served = backends.BACKENDS[backend].plans
+    fusable = "fused" in served and conv_of(layer).has_fused_kernel(kernel)
+    return ("fused", "split") if fusable else ("split",)
+
+
+class Tuned(NamedTuple):
+    """A kernel whose block sizes are to be chosen, and where it is timed: the plan that launches
+    it, in the direction in which a training step does.
+    """
+
+    kernel: str  # as _configs.candidates knows it
+    plan: str
+    direction: str
+
+
+def kernels_of(layer: Layer, backend: str) -> tuple[Tuned, ...]:
+    """The kernels that a backend has for a layer, where they have block sizes to choose. Those of
+    backward run together, for dgrad writes dy only where a wgrad follows.
+    """
+    if backend != "triton" or "fused" not in plans_of(layer, backend):
+        return ()
+    if not has_dgrad(layer):
+        return Tuned("fwd", "fused", "fwd"), Tuned("wgrad", "fused", "wgrad")
+    return (
+        Tuned("fwd", "fused", "fwd"),
+        Tuned("dgrad", "fused", "bwd"),
+        Tuned("wgrad", "fused", "bwd"),
+    )
 
 
 @dataclass(frozen=True)
@@ -66,8 +111,19 @@ class Site:
     @property
     def conv(self) -> Conv:
         """Its geometry."""
-        stride, padding = self.layer.stride, self.layer.kernel // 2
-        return Conv((stride, stride), (padding,) * 4, (1, 1), 1)
+        return conv_of(self.layer)
+
+    @property
+    def shape(self) -> Shape:
+        """As the plan table knows it."""
+        layer, pixels = self.layer, self.batch * self.layer.out_size**2
+        kernel, stride = (layer.kernel, layer.kernel), (layer.stride, layer.stride)
+        return Shape(layer.in_channels, layer.out_channels, kernel, stride, pixels)
+
+    @property
+    def training(self) -> tuple[str, str]:
+        """The two cases that make up its part of a training step."""
+        return "fwd", "bwd" if has_dgrad(self.layer) else "wgrad"
 
     @property
     def deferred(self) -> bool:
@@ -93,7 +149,7 @@ class Site:
         candidates = [
             Candidate(f"fusedres-{backend}", partial(ours, backend, plan), backend, plan)
             for backend in own_backends("conv_bn", self.device, self.dtype)
-            for plan in self._plans(backend)
+            for plan in plans_of(layer, backend)
         ]
         candidates.append(Candidate("eager", eager, note="BatchNorm, add, ReLU, convolution"))
         library = partial(self._library, direction)
@@ -119,11 +175,6 @@ class Site:
             tuple(candidates),
             truth,
         )
-
-    def _plans(self, backend: str) -> tuple[str, ...]:
-        kernel = (self.layer.kernel, self.layer.kernel)
-        fusable = "fused" in backends.BACKENDS[backend].plans and self.conv.has_fused_kernel(kernel)
-        return ("fused", "split") if fusable else ("split",)
 
     def _bytes(self, direction: str) -> float:
         """What has to be read and written once."""

@@ -96,8 +96,7 @@ def measure_op(case: OpCase, setting: Setting) -> list[Measured]:
     failed: list[Measured] = []
     with without_search():
         truth = case.truth(first)
-    copies = math.ceil(3 * setting.cache / min(size_in_bytes(tensors_in(first)), case.bytes))
-    sets = [first] + [case.inputs(seed) for seed in range(1, copies)]
+    sets = input_sets(case, first, setting)
     pairs = _pairs(case, max(1, math.ceil(3 * setting.cache / case.bytes)), setting.device)
 
     runs: dict[str, Rotation[Inputs]] = {}
@@ -108,7 +107,7 @@ def measure_op(case: OpCase, setting: Setting) -> list[Measured]:
         try:
             if candidate.judged:
                 about[name]["max_error"] = largest_error(candidate.run(first), truth)
-            rotation.count = _repeats(case, rotation, setting)
+            rotation.count = repeats(case, rotation, setting)
             timed[name] = captured(rotation) if setting.on_gpu else rotation
             timed[name]()
         except Exception as error:  # of torch's or a compiler's: the others are measured
@@ -131,6 +130,12 @@ def measure_op(case: OpCase, setting: Setting) -> list[Measured]:
     return [*rows, *failed]
 
 
+def input_sets(case: OpCase, first: Inputs, setting: Setting) -> list[Inputs]:
+    """The first and as many more that together they exceed the cache three times."""
+    copies = math.ceil(3 * setting.cache / min(size_in_bytes(tensors_in(first)), case.bytes))
+    return [first] + [case.inputs(seed) for seed in range(1, copies)]
+
+
 def _about(case: OpCase, candidate: Candidate, setting: Setting) -> Row:
     about = case.fields | {"dtype": name_of(case.dtype), "name": candidate.name}
     about |= {"backend": candidate.backend, "plan": candidate.plan}
@@ -138,7 +143,7 @@ def _about(case: OpCase, candidate: Candidate, setting: Setting) -> Row:
     return about | {"note": candidate.note} if candidate.note else about
 
 
-def _repeats(case: OpCase, rotation: Rotation[Any], setting: Setting) -> int:
+def repeats(case: OpCase, rotation: Rotation[Any], setting: Setting) -> int:
     """How often a measurement runs it, to last as long as the setting says."""
     if setting.on_gpu:
         seconds = max(roofline.seconds(case.flops, case.bytes, *GUESS), 2e-6)

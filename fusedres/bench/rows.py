@@ -27,6 +27,12 @@ A row that was measured has also (None where it does not apply, or could not be 
 
 A row that failed has `error`, the reason in one line, and no ms. Rows of section "profile" are one
 training step by layer (case) and direction (name), with share, of the step, and kernels.
+
+`fusedres tune` leaves two sections more. "configs" has a row for each configuration (`config`) of a
+kernel (case), with its times in the direction in which it was run, against the one that was in
+force ("now"), and `wrong`, the reason, where its result is: it was not timed then. "tuned" says
+what came of a layer at a batch size: configs, those to take, by kernel; gains, their time over that
+of the one before; was, the plan and the configurations before; missed, how many were not tried.
 """
 
 from __future__ import annotations
@@ -47,6 +53,7 @@ from fusedres.training.files import write_atomically
 
 Row = dict[str, Any]
 SECTIONS = ("ceilings", "light", "conv_bn", "blocks", "train", "infer", "profile")
+TUNING = ("configs", "tuned")  # sections of `fusedres tune`
 _ALWAYS = ("section", "name", "dtype", "device")  # what no row can be read without
 _IDENTITY = ("section", "case", "shape", "dtype", "batch", "name", "plan")
 

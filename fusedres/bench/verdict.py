@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedres.bench.judging import ERRORS, allowed_error
-from fusedres.bench.rows import Row, group, key, label
+from fusedres.bench.rows import TUNING, Row, group, key, label
 
 MARGIN = {"cpu": 0.25, "gpu": 0.10}  # of change that is taken for noise
 VERDICTS = ("failed", "missing", "wrong", "slower", "faster", "same")
@@ -52,7 +52,9 @@ def changes(old: Sequence[Row], new: Sequence[Row], margin: float | None = None)
     before = {
         (row["device"], key(row)): row
         for row in old
-        if "error" not in row and row["section"] != "ceilings" and row["name"] != "copy"
+        if "error" not in row
+        and row["section"] not in ("ceilings", *TUNING)
+        and row["name"] != "copy"
     }
     before = {same: row for same, row in before.items() if not _is_measure(row)}
     after = {(row["device"], key(row)): row for row in new}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusedres._plan_table import Shape, lookup
+from fusedres._plan_table import Shape, lookup, remembered
 
 HIP = 0  # the arch of what is not CUDA
 MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
@@ -74,7 +74,7 @@ def trying(configs: Mapping[str, Config]) -> Iterator[None]:
         _tried.update(before)
 
 
-@cache
+@remembered
 def _config_of(
     kernel: str, device: str, dtype: torch.dtype, shape: Shape, residual: int, arch: int
 ) -> Config:

@@ -41,7 +41,7 @@ from fusedres.bench.report.wording import (
     workload_in_words,
     workload_of,
 )
-from fusedres.bench.rows import SECTIONS, Row, label
+from fusedres.bench.rows import SECTIONS, TUNING, Row, label
 from fusedres.testing import FACTOR
 from fusedres.training.files import write_atomically
 
@@ -147,7 +147,7 @@ def _of_device(device: Device) -> list[Block]:
     blocks += by_layer(device)
     blocks += light_passes(device)
     blocks += time_spent(device)
-    known = set(SECTIONS)
+    known = {*SECTIONS, *TUNING}
     for section in dict.fromkeys(row["section"] for row in device.rows):
         if section not in known:
             blocks.append(Heading(3, f"Other measurements: {section}"))
