@@ -194,14 +194,12 @@ def test_rounded_activations_decide_ties_of_the_pool() -> None:
         assert torch.equal(g, maxpool_dy(grad, winners, y, mean, *frozen)[0]), window
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 9, 10), (2, 16, 3, 70), (1, 3, 1, 5)], ids=str)
-@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 9, 10), (2, 16, 3, 70), (1, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1)], ids=str)
 def test_winners_give_what_two_nodes_give(
     shape: tuple[int, int, int, int], window: tuple[int, int, int]
 ) -> None:
     """The gradient of a pool, rounded, to the bit; its sums but for the order they are added in."""
-    if min(shape[2:]) + 2 * window[2] < window[0]:
-        pytest.skip("the window does not fit")
     y = torch.randn(shape).half().contiguous(memory_format=CHANNELS_LAST)
     mean, scale, bias, rstd = (torch.rand(shape[1]) + 0.2 for _ in range(4))
     p = bn_relu_maxpool_fwd(y, mean, scale, bias, *window)
@@ -426,8 +424,9 @@ def test_no_temporary_the_size_of_an_activation(source: str, emit: bool) -> None
 
 
 def test_a_fused_stem_has_neither_g_nor_dy_in_memory() -> None:
-    n, k, size = 8, 64, 224
-    x = torch.empty(n, 3, size, size, dtype=torch.bfloat16).to(memory_format=CHANNELS_LAST)
+    n, k = 8, 64
+    x = torch.empty(n, 3, 224, 224, dtype=torch.bfloat16).to(memory_format=CHANNELS_LAST)
+    image = n * 230 * 232 * 4  # its copy in 4 channels with padding
     w = torch.empty(k, 3, 7, 7, dtype=torch.bfloat16)
     conv, window = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1), (3, 2, 1)
     bn = (torch.ones(k), torch.ones(k), None, None, True, 0.1, 1e-5)
@@ -441,9 +440,9 @@ def test_a_fused_stem_has_neither_g_nor_dy_in_memory() -> None:
             grad, x, w, w.float(), conv, y, mean, scale, bias, rstd, window, True,
             torch.float32, torch.float32,
         )  # fmt: skip
-    assert [s for _, s in forward if s >= p.numel()] == [y.numel(), size_of_copy, p.numel()]
+    assert [s for _, s in forward if s >= p.numel()] == [y.numel(), image, p.numel()]
     assert sorted(s for _, s in seen.ops if s >= p.numel()) == sorted(
-        [grad.numel(), p.numel(), size_of_copy]  # winners, bytes
+        [grad.numel(), p.numel(), image]  # winners, bytes
     )
 
 
@@ -523,7 +522,7 @@ def test_bytes_of_each_kernel_and_of_a_step(capsys: pytest.CaptureFixture[str]) 
             if moved:
                 print(f"  {moved / batch / 1e6:6.1f}  {name}")
         print(f"  {sum(total.values()) / batch / 1e6:6.1f}  in all, without the library's")
-    assert sum(total.values()) / batch < 256e6  # what a change may not undo
+    assert sum(total.values()) / batch < 253e6  # what a change may not undo
 
 
 def test_fp32_products_follow_the_flag_of_convolutions() -> None:

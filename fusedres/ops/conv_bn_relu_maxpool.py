@@ -247,8 +247,8 @@ def stem_plan(choice: backends.Choice, weight: Tensor, conv: Conv) -> str:
     channels, else "split". Neither has been measured against the other yet.
     """
     kernels = "fused" in backends.BACKENDS[choice.backend].plans
-    fusable = weight.size(1) <= 4 and conv.groups == 1 and conv.dilation == (1, 1)
-    return "fused" if choice.plan == "fused" and kernels and fusable else "split"
+    fusable = kernels and conv.has_stem_kernel(weight.size(1))
+    return "fused" if choice.plan == "fused" and fusable else "split"
 
 
 def stem_way(
