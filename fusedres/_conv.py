@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STEM_CHANNELS = 4  # the most that kernels for images take
+
 
 class Conv(NamedTuple):
     """The geometry of a convolution."""
@@ -34,6 +36,10 @@ class Conv(NamedTuple):
     def has_fused_kernel(self, kernel_size: tuple[int, int]) -> bool:
         """Whether conv_bn has a fused plan for it: of any kernel size, but one group."""
         return self.groups == 1 and min(kernel_size) > 0
+
+    def has_stem_kernel(self, in_channels: int) -> bool:
+        """Whether kernels for images serve it, whatever its kernel and stride."""
+        return in_channels <= STEM_CHANNELS and self.groups == 1 and self.dilation == (1, 1)
 
 
 class Source(NamedTuple):

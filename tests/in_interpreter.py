@@ -199,14 +199,12 @@ def test_rounded_activations_decide_ties_of_the_pool() -> None:
         assert torch.equal(g, maxpool_dy(grad, winners, y, mean, *frozen)[0]), window
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 9, 10), (2, 16, 3, 70), (1, 3, 1, 5)], ids=str)
-@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 9, 10), (2, 16, 3, 70), (1, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1)], ids=str)
 def test_winners_give_what_two_nodes_give(
     shape: tuple[int, int, int, int], window: tuple[int, int, int]
 ) -> None:
     """The gradient of a pool, rounded, to the bit; its sums but for the order they are added in."""
-    if min(shape[2:]) + 2 * window[2] < window[0]:
-        pytest.skip("the window does not fit")
     y = torch.randn(shape).half().contiguous(memory_format=CHANNELS_LAST)
     mean, scale, bias, rstd = (torch.rand(shape[1]) + 0.2 for _ in range(4))
     p = bn_relu_maxpool_fwd(y, mean, scale, bias, *window)

@@ -250,8 +250,8 @@ def stem_plan(choice: backends.Choice, weight: Tensor, conv: Conv) -> str:
     flow = DATAFLOWS.get(choice.plan)
     wanted = base_of(choice.plan) if flow is None else flow.stem
     kernels = "fused" in backends.BACKENDS[choice.backend].plans
-    fusable = weight.size(1) <= 4 and conv.groups == 1 and conv.dilation == (1, 1)
-    return "fused" if wanted == "fused" and kernels and fusable else "split"
+    fusable = kernels and conv.has_stem_kernel(weight.size(1))
+    return "fused" if wanted == "fused" and fusable else "split"
 
 
 def stem_way(

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from fusedres._conv import STEM_CHANNELS
 from fusedres._plan_table import Shape, lookup, remembered
 
 HIP = 0  # the arch of what is not CUDA
 MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
-STEM_CHANNELS = 4  # the most that the kernels for images take
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from fusedres._conv import Conv, Source
 from fusedres.triton_kernels._args import acc, rows, vectors
-from fusedres.triton_kernels._configs import STEM_CHANNELS
 from fusedres.triton_kernels._gemm import chunks, config_for, empty, precision, splits
 from fusedres.triton_kernels._launch import launch
 from fusedres.triton_kernels._spatial_dgrad import dgrad
 from fusedres.triton_kernels.device.conv_bn_stem_fwd import conv_bn_stem_fwd_kernel
 from fusedres.triton_kernels.device.conv_bn_stem_wgrad import conv_bn_stem_wgrad_kernel
 
-__all__ = ["Pool", "dgrad", "fwd", "serves", "wgrad"]
+__all__ = ["Pool", "dgrad", "fwd", "wgrad"]
 
 
 class Pool(NamedTuple):
@@ -36,11 +35,6 @@ class Pool(NamedTuple):
     training: bool
     padding: int  # of the 3x3 window of stride 2
     cells: tuple[int, int]  # of 2x2 pixels that start where windows do
-
-
-def serves(weight: Tensor, conv: Conv) -> bool:
-    """Whether these kernels take the convolution."""
-    return weight.size(1) <= STEM_CHANNELS and conv.groups == 1 and conv.dilation == (1, 1)
 
 
 def fwd(

@@ -168,7 +168,7 @@ def _launches(source: Source, weight: Tensor, conv: Conv) -> ModuleType:
     """Whose kernels serve the convolution: a module with fwd, dgrad and wgrad."""
     if conv.is_pointwise((weight.size(2), weight.size(3))):
         return _pointwise
-    return _stem if source.mean is None and _stem.serves(weight, conv) else _spatial
+    return _stem if source.mean is None and conv.has_stem_kernel(weight.size(1)) else _spatial
 
 
 def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> None:

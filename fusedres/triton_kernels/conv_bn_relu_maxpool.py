@@ -107,7 +107,7 @@ def _plain(x: Tensor) -> Source:
 
 def _check(op: str, x: Tensor, weight: Tensor, conv: Conv) -> None:
     check(op, x, name="x")
-    if weight.dim() != 4 or not _stem.serves(weight, conv):
+    if weight.dim() != 4 or not conv.has_stem_kernel(weight.size(1)):
         raise ValueError(f"{op}: no fused plan for weight {list(weight.shape)} and {conv}")
     alike = (weight.dtype, weight.device) == (x.dtype, x.device)
     if not alike or weight.size(1) != x.size(1):
