@@ -36,9 +36,9 @@ from fusedres.triton_kernels.bn_act import bn_act_bwd, masked_sums
 from fusedres.triton_kernels.bn_relu_maxpool import (
     bn_relu_maxpool_bwd,
     bn_relu_maxpool_fwd,
+    bn_relu_maxpool_winners,
     maxpool_dy,
     maxpool_sums,
-    maxpool_winners,
 )
 
 assert INTERPRETED, "run by test_triton.py"
@@ -194,7 +194,8 @@ def test_rounded_activations_decide_ties_of_the_pool() -> None:
         assert torch.equal(ours, pooled)
         g, _ = bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *window)
         assert torch.equal(g, torch.autograd.grad(pooled, a, grad)[0]), window
-        winners = maxpool_winners(y, mean, scale, bias, window)
+        p, winners = bn_relu_maxpool_winners(y, mean, scale, bias, window)
+        assert torch.equal(p, pooled)
         frozen = (torch.ones(5), torch.ones(5), torch.zeros(2, 5), window, False, None, None)
         assert torch.equal(g, maxpool_dy(grad, winners, y, mean, *frozen)[0]), window
 
@@ -210,7 +211,8 @@ def test_winners_give_what_two_nodes_give(
     p = bn_relu_maxpool_fwd(y, mean, scale, bias, *window)
     grad = torch.randn_like(p)
     g, sums = bn_relu_maxpool_bwd(grad, y, mean, scale, bias, *window)
-    winners = maxpool_winners(y, mean, scale, bias, window)
+    again, winners = bn_relu_maxpool_winners(y, mean, scale, bias, window)
+    assert torch.equal(again, p)
     torch.testing.assert_close(
         maxpool_sums(grad, winners, y, mean, window), sums, rtol=1e-5, atol=1e-4
     )
@@ -381,8 +383,7 @@ def test_launches_of_a_training_step(capsys: pytest.CaptureFixture[str]) -> None
         "bn_act_fwd_kernel": 2 * 16 + 1,  # forward, for wgrad once more, and the network's end
         "bn_act_bwd_kernel": 16 + 1,
         "sum_rows_kernel": 16 + 1 + 1,
-        "bn_relu_maxpool_fwd_kernel": 1,
-        "maxpool_winners_kernel": 1,
+        "maxpool_winners_kernel": 1,  # which pools, too
         "maxpool_winners_bwd_kernel": 2,
     }
 
@@ -394,7 +395,6 @@ def test_launches_of_a_fused_stem() -> None:
     assert [launch.name for launch in launches] == [
         "conv_bn_stem_fwd_kernel",
         "batch_norm_finish_kernel",
-        "bn_relu_maxpool_fwd_kernel",
         "maxpool_winners_kernel",
         "maxpool_winners_bwd_kernel",
         "sum_rows_kernel",
@@ -466,19 +466,19 @@ def test_a_fused_stem_has_neither_g_nor_dy_in_memory() -> None:
     conv, window = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1), (3, 2, 1)
     bn = (torch.ones(k), torch.ones(k), None, None, True, 0.1, 1e-5)
     with dry(), _Seen() as seen:
-        p, y, (mean, _, rstd, scale, bias) = conv_bn_relu_maxpool.conv_bn_relu_maxpool_fwd(
-            x, w, conv, bn, window
+        p, y, norm, winners = conv_bn_relu_maxpool.conv_bn_relu_maxpool_fwd(
+            x, w, conv, bn, window, True
         )
+        mean, _, rstd, scale, bias = norm
         forward, seen.ops = seen.ops, []
         grad = torch.empty_like(p)
         conv_bn_relu_maxpool.conv_bn_relu_maxpool_bwd(
-            grad, x, w, w.float(), conv, y, mean, scale, bias, rstd, window, True,
+            grad, winners, x, w, w.float(), conv, y, mean, scale, bias, rstd, window, True,
             torch.float32, torch.float32,
         )  # fmt: skip
-    assert [s for _, s in forward if s >= p.numel()] == [y.numel(), image, p.numel()]
-    assert sorted(s for _, s in seen.ops if s >= p.numel()) == sorted(
-        [grad.numel(), p.numel(), image]  # winners, bytes
-    )
+    # p and its winners, which are bytes
+    assert [s for _, s in forward if s >= p.numel()] == [y.numel(), image, *[p.numel()] * 2]
+    assert [s for _, s in seen.ops if s >= p.numel()] == [grad.numel(), image]
 
 
 # --- products -------------------------------------------------------------------------------------

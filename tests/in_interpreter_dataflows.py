@@ -66,6 +66,11 @@ def stated(launch: Launch) -> float:
         reads, writes = 2 * m * c, m * c
     elif launch.name == "bn_relu_maxpool_fwd_kernel":
         reads, writes = v["y_ptr"].numel(), m * c
+    elif launch.name == "maxpool_winners_kernel":  # p, and a byte for each window
+        reads, writes = v["y_ptr"].numel(), m * c * (1 + 1 / size)
+    elif launch.name == "maxpool_winners_bwd_kernel":
+        pooled = v["y_ptr"].size(0) * v["OH"] * v["OW"] * c
+        reads, writes = m * c + pooled * (1 + 1 / size), m * c * v["DY"]
     elif launch.name == "bn_relu_maxpool_bwd_kernel":
         pooled = v["y_ptr"].size(0) * v["OH"] * v["OW"] * c
         reads, writes = v["y_ptr"].numel() + pooled, v["y_ptr"].numel()
@@ -99,7 +104,7 @@ def test_bytes_of_each_kernel_and_of_a_step(capsys: pytest.CaptureFixture[str]) 
             if size:
                 print(f"  {size / batch / 1e6:6.1f}  {name}")
         print(f"  {sum(total.values()) / batch / 1e6:6.1f}  in all, without the library's")
-    assert sum(total.values()) / batch < 256e6  # what a change may not undo
+    assert sum(total.values()) / batch < 250e6  # what a change may not undo
 
 
 # the names that the byte model has too
@@ -115,15 +120,21 @@ def test_a_dataflow_moves_what_the_byte_model_says(
     with dry(library=library) as launches, use_plan(name):
         model_step(BATCH, 224)
     ours = sum(moved(launch) for launch in launches)
-    end = roofline.layers()[-1].output()
+    image, *others = roofline.layers()
+    end, pooled = others[-1].output(), others[0].input()
     head = 2 * end + end / 49  # read and averaged; its gradient written for every pixel
-    counted = (ours + sum(library)) / BATCH + head
-    _, *others = roofline.layers()
+    # a fused stem reads its image from a copy with 4 channels and padding in place, made twice:
+    # zeros, then the image over them
+    padded = 230 * 232 * 4 * 2
+    copies = 2 * (2 * image.input() + padded) if DATAFLOWS[name].stem == "fused" else 0
+    counted = (ours + sum(library)) / BATCH + head + copies
     joins = [layer.output() for layer in others if layer.role == "conv3"]
     left_out = {
-        "the second gradient of the pooled map": others[0].input(),
+        "the second gradient of the pooled map": pooled,
+        "the pool's winners, a byte each, written once and read twice": 3 * pooled / 2,
         "the last join's mask, which is read from its activation": end - end / 16,
-        "the masks' writing": sum(joins[:-1]) / 16 if "masks" in DATAFLOWS[name].pointwise else 0.0,
+        "the masks' writing": sum(joins[:-1]) / 16 if "masks" in DATAFLOWS[name].pointwise else 0,
+        "the image's copies": copies + 2 * (padded - image.input()) if copies else 0,
     }
     model = roofline.megabytes(name) * 1e6
     with capsys.disabled():

@@ -178,12 +178,15 @@ def test_opcheck(
     x, w = make.activation(2, 3, 8, 8, grad=False), make.weight(6, 3, 3, 3).detach()
     operands = (x, w, None, (2, 2), (1, 1, 1, 1), (1, 1), 1, 3, 2, 1)
     bn = (torch.rand(6), torch.rand(6), torch.rand(6), torch.rand(6), True, 0.1, None, 1e-5)
-    forward = (*operands, *bn, backend, plan)
+    forward = (*operands, *bn, need_input, backend, plan)
     torch.library.opcheck(torch.ops.fusedres.conv_bn_relu_maxpool_fwd, forward)
-    p, y, mean, _, rstd, scale, bias = torch.ops.fusedres.conv_bn_relu_maxpool_fwd(*forward)
+    p, y, mean, _, rstd, scale, bias, winners = torch.ops.fusedres.conv_bn_relu_maxpool_fwd(
+        *forward
+    )
+    kept = winners if winners.numel() > 0 else None
     for need_weight in (False, True):
         backward = (
-            *operands, torch.randn_like(p), y, mean, scale, bias, rstd, True, need_input,
+            *operands, torch.randn_like(p), kept, y, mean, scale, bias, rstd, True, need_input,
             need_weight, torch.float32, torch.float16 if need_input else None, backend, plan,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.fusedres.conv_bn_relu_maxpool_bwd, backward)
@@ -311,7 +314,8 @@ def test_the_plan_follows_the_backend_and_the_channels() -> None:
     for backend in registry.BACKENDS:
         for asked in registry.PLANS:
             choice = registry.Choice(backend, asked, "")
-            wanted = "fused" if (backend, asked) == ("triton", "fused") else "split"
+            fuses = asked in ("fused", "fused_stem", "ideal")
+            wanted = "fused" if backend == "triton" and fuses else "split"
             assert stem_plan(choice, few, plain) == wanted
             assert stem_plan(choice, many, plain) == stem_plan(choice, few, grouped) == "split"
     with use_plan("fused"):
@@ -330,11 +334,13 @@ def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
     def forward(plan: str, x: Tensor = x, w: Tensor = w, v: Tensor = v, pool: Any = (3, 2, 1)):
         conv = (None, (1, 1), (0, 0, 0, 0), (1, 1), 1)
         norm = (v, v, None, None, True, 0.1, None, 1e-5)
-        return ops.conv_bn_relu_maxpool_fwd(x, w, *conv, *pool, *norm, backend, plan)
+        return ops.conv_bn_relu_maxpool_fwd(x, w, *conv, *pool, *norm, False, backend, plan)
 
-    def backward(plan: str, grad: Any = grad, y: Any = y, v: Any = v, pool: Any = (3, 2, 1)):
+    def backward(
+        plan: str, grad: Any = grad, y: Any = y, v: Any = v, pool: Any = (3, 2, 1), kept: Any = None
+    ):
         conv = (None, (1, 1), (0, 0, 0, 0), (1, 1), 1)
-        own = (y, v, v, v, v, True, False, True, None, None)
+        own = (kept, y, v, v, v, v, True, False, True, None, None)
         return ops.conv_bn_relu_maxpool_bwd(x, w, *conv, *pool, grad, *own, backend, plan)
 
     for plan in plans:
@@ -350,6 +356,12 @@ def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
             with pytest.raises(ValueError):
                 backward(plan, **bad)
     if "fused" in plans:
+        good = torch.zeros_like(grad, dtype=torch.uint8)
+        for plan in ("fused", "split"):
+            backward(plan, kept=good)
+            for kept in (good[:1], good.int(), good.contiguous()):
+                with pytest.raises(ValueError, match="winners do not belong to grad"):
+                    backward(plan, kept=kept)
         for bad in ({"w": w[:, :2]}, {"x": x.contiguous()}, {"w": w[0]}):
             with pytest.raises((ValueError, IndexError)):
                 forward("fused", **bad)

@@ -17,7 +17,7 @@ from fusedres.library import conv_bn as convolutions
 
 
 def conv_bn_relu_maxpool_fwd(
-    light: Any,  # has bn_relu_maxpool_fwd
+    light: Any,  # has bn_relu_maxpool_fwd and bn_relu_maxpool_winners
     norm: Any,  # has batch_norm_fwd
     x: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
@@ -25,17 +25,24 @@ def conv_bn_relu_maxpool_fwd(
     memory_format: torch.memory_format,
     bn: tuple[Any, ...],  # BatchNorm's arguments as rooms take them
     window: tuple[int, int, int],  # kernel_size, stride, padding
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """p [N, K, PH, PW], y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each."""
+    need_winners: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+    """p [N, K, PH, PW], y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each; winners,
+    bytes of p's shape, where the light room has them.
+    """
     y = convolutions.convolution(x, weight, conv, memory_format)
     statistics = norm.batch_norm_fwd(y, *bn)
     mean, _, _, scale, bias = statistics
-    return light.bn_relu_maxpool_fwd(y, mean, scale, bias, *window), y, statistics
+    if not need_winners:
+        return light.bn_relu_maxpool_fwd(y, mean, scale, bias, *window), y, statistics, None
+    p, winners = light.bn_relu_maxpool_winners(y, mean, scale, bias, window)
+    return p, y, statistics, winners
 
 
 def conv_bn_relu_maxpool_bwd(
     light: Any,  # has batch_norm_relu_maxpool_bwd
     grad: Tensor,  # [N, K, PH, PW], of p
+    winners: Tensor | None,
     x: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
     parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
@@ -55,7 +62,7 @@ def conv_bn_relu_maxpool_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dw, dweight, dbias."""
     dy, dweight, dbias = light.batch_norm_relu_maxpool_bwd(
-        grad, y, mean, scale, bias, rstd, window, training, need_input or need_weight,
+        grad, winners, y, mean, scale, bias, rstd, window, training, need_input or need_weight,
         weight_dtype, bias_dtype,
     )  # fmt: skip
     if dy is None:

@@ -79,8 +79,20 @@ def bn_relu_maxpool_bwd(
     return g, sums
 
 
+def bn_relu_maxpool_winners(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    window: tuple[int, int, int],  # kernel_size, stride, padding
+) -> tuple[Tensor, None]:
+    """bn_relu_maxpool_fwd's p; its backward finds the winners itself."""
+    return bn_relu_maxpool_fwd(y, mean, scale, bias, *window), None
+
+
 def batch_norm_relu_maxpool_bwd(
     grad: Tensor,  # of p
+    winners: None,
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C], as are the next three
     scale: Tensor,

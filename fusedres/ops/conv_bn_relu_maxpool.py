@@ -41,12 +41,12 @@ _OPERANDS = (
 library.define(
     f"conv_bn_relu_maxpool_fwd({_OPERANDS}, Tensor? bn_weight, Tensor? bn_bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum,"
-    " Tensor? momentum_tensor, float eps, str backend, str plan) -> (Tensor p, Tensor y,"
-    " Tensor mean, Tensor var, Tensor rstd, Tensor scale, Tensor bias)"
+    " Tensor? momentum_tensor, float eps, bool need_winners, str backend, str plan) -> (Tensor p,"
+    " Tensor y, Tensor mean, Tensor var, Tensor rstd, Tensor scale, Tensor bias, Tensor winners)"
 )
 library.define(
-    f"conv_bn_relu_maxpool_bwd({_OPERANDS}, Tensor grad, Tensor y, Tensor mean, Tensor scale,"
-    " Tensor bias, Tensor rstd, bool training, bool need_input, bool need_weight,"
+    f"conv_bn_relu_maxpool_bwd({_OPERANDS}, Tensor grad, Tensor? winners, Tensor y, Tensor mean,"
+    " Tensor scale, Tensor bias, Tensor rstd, bool training, bool need_input, bool need_weight,"
     " ScalarType? bn_weight_dtype, ScalarType? bn_bias_dtype, str backend, str plan)"
     " -> (Tensor dx, Tensor dw, Tensor dweight, Tensor dbias)"
 )
@@ -74,6 +74,7 @@ class _Backward(NamedTuple):
     """What the backward op takes beside its operands."""
 
     grad: Tensor
+    winners: Tensor | None  # of the pool's windows, as the forward op gave them
     y: Tensor
     mean: Tensor
     scale: Tensor
@@ -89,28 +90,31 @@ class _Backward(NamedTuple):
 
 
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    (x, _, weight, conv, window), (*norm, backend, plan) = _Operands.of(args)
+    (x, _, weight, conv, window), (*norm, need_winners, backend, plan) = _Operands.of(args)
     bn = normalization(*norm)
     if plan == "fused":
         kernel = backends.kernels(backend, OP).conv_bn_relu_maxpool_fwd
-        p, y, statistics = kernel(x, weight, conv, bn, window)
+        p, y, statistics, winners = kernel(x, weight, conv, bn, window, need_winners)
     else:
         pool, batch_norm = (backends.kernels(backend, n) for n in ("bn_relu_maxpool", "batch_norm"))
-        p, y, statistics = split.conv_bn_relu_maxpool_fwd(
-            pool, batch_norm, x, weight, conv, memory_format_of(x), bn, window
+        p, y, statistics, winners = split.conv_bn_relu_maxpool_fwd(
+            pool, batch_norm, x, weight, conv, memory_format_of(x), bn, window, need_winners
         )
-    return p, y, *statistics
+    return p, y, *statistics, x.new_empty(0, dtype=torch.uint8) if winners is None else winners
 
 
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    (x, parameter, _, conv, window), _ = _Operands.of(args)
+    (x, parameter, _, conv, window), (*_, need_winners, backend, _) = _Operands.of(args)
     n, k, oh, ow = output_shape(x.shape, parameter.shape, conv)
     shapes = ((n, k, pooled(oh, *window), pooled(ow, *window)), (n, k, oh, ow))
     p, y = (
         torch.empty(s, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         for s in shapes
     )
-    return p, y, *statistics_fake(y)
+    winners = x.new_empty(0, dtype=torch.uint8)
+    if need_winners and backend == "triton":
+        winners = torch.empty_like(p, dtype=torch.uint8)
+    return p, y, *statistics_fake(y), winners
 
 
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
@@ -121,7 +125,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
         raise ValueError(f"{OP}_bwd: y must have shape {list(out)}, got {list(o.y.shape)}")
     types = (o.bn_weight_dtype, o.bn_bias_dtype)
     own = (o.y, o.mean, o.scale, o.bias, o.rstd)
-    common = (o.grad, x, weight, parameter, conv, *own, window, o.training)
+    common = (o.grad, o.winners, x, weight, parameter, conv, *own, window, o.training)
     fused = o.plan == "fused" and o.need_weight
     gradients: tuple[Tensor | None, ...] = ()
     if fused:
@@ -173,7 +177,8 @@ class ConvBNReluMaxpoolFunction(torch.autograd.Function):
     """x, weight, BatchNorm's four, config -> p.
 
     Saved: x, y and y's vectors; the weight as the parameter holds it, and its cast only where the
-    casts of a whole model share one buffer. Neither the activation nor the pool's indices.
+    casts of a whole model share one buffer; on triton the pool's winners, a byte a window. The
+    activation is not.
     """
 
     @staticmethod
@@ -188,7 +193,7 @@ class ConvBNReluMaxpoolFunction(torch.autograd.Function):
         config: _Config,
     ) -> Tensor:
         packed = None if config.packed is None else config.packed.get(weight, x.dtype)
-        p, y, mean, _, rstd, scale, bias = torch.ops.fusedres.conv_bn_relu_maxpool_fwd(
+        p, y, mean, _, rstd, scale, bias, winners = torch.ops.fusedres.conv_bn_relu_maxpool_fwd(
             x,
             weight,
             packed,
@@ -201,10 +206,12 @@ class ConvBNReluMaxpoolFunction(torch.autograd.Function):
             config.training,
             *momentum_arguments(config.momentum),
             config.eps,
+            any(ctx.needs_input_grad),
             config.backend,
             config.plan,
         )
-        ctx.save_for_backward(x, y, mean, scale, bias, rstd, weight, packed)
+        kept = winners if winners.numel() > 0 else None
+        ctx.save_for_backward(x, kept, y, mean, scale, bias, rstd, weight, packed)
         ctx.config = config._replace(packed=None)  # freed with what is saved, not with the node
         ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
         return p

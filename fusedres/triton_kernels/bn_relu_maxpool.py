@@ -116,37 +116,40 @@ def bn_relu_maxpool_bwd(
     return g, sums
 
 
-def maxpool_winners(
+def bn_relu_maxpool_winners(
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C]
     scale: Tensor,  # [C]
     bias: Tensor,  # [C]
     window: Window,
-) -> Tensor:
-    """Which pixel of relu((y - mean)*scale + bias) each window took: bytes like the pooled map."""
-    op = "maxpool_winners"
+) -> tuple[Tensor, Tensor]:
+    """bn_relu_maxpool_fwd's p, and which pixel each window took: bytes of p's shape."""
+    op = "bn_relu_maxpool_winners"
     _check_window(op, *window)
     check(op, y, {}, {"mean": mean, "scale": scale, "bias": bias})
     height, width = _pooled(y, *window)
-    winners = torch.empty(
-        (*y.shape[:2], height, width),
-        dtype=torch.uint8,
-        device=y.device,
-        memory_format=torch.channels_last,
+    p, winners = (
+        torch.empty(
+            (*y.shape[:2], height, width),
+            dtype=dtype,
+            device=y.device,
+            memory_format=torch.channels_last,
+        )
+        for dtype in (y.dtype, torch.uint8)
     )
     count, channels = rows(winners), y.size(1)
-    block_rows, columns, even = tile(channels, count, y.dtype, LOADS[op])
+    block_rows, columns, even = tile(channels, count, y.dtype, LOADS["maxpool_winners"])
     across = triton.cdiv(channels, columns)
     tiles, parts = chunks(count, block_rows, across)
     launch(
         maxpool_winners_kernel,
         (across, parts),
-        *(y, mean, scale, bias, winners, count, channels, *y.shape[2:], height, width, tiles),
+        *(y, mean, scale, bias, p, winners, count, channels, *y.shape[2:], height, width, tiles),
         *(*window, window[0] <= UNROLLED, block_rows <= width, acc(y.dtype)),
         *(even, block_rows, columns),
         num_warps=WARPS,
     )
-    return winners
+    return p, winners
 
 
 def maxpool_sums(
@@ -196,6 +199,7 @@ def maxpool_dy(
 
 def batch_norm_relu_maxpool_bwd(
     grad: Tensor,  # of the pooled map
+    winners: Tensor | None,  # of the same shape, bytes; None: found again
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C], as are the next three
     scale: Tensor,
@@ -208,7 +212,8 @@ def batch_norm_relu_maxpool_bwd(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dy, dweight, dbias): bn_relu_maxpool_bwd and batch_norm_bwd, without g between them."""
-    winners = maxpool_winners(y, mean, scale, bias, window)
+    if winners is None:
+        _, winners = bn_relu_maxpool_winners(y, mean, scale, bias, window)
     sums = maxpool_sums(grad, winners, y, mean, window)
     types = (weight_dtype, bias_dtype)
     if not need_dy:
@@ -228,7 +233,8 @@ def _check_pooled(
     check(op, y, {}, per_channel)
     pooled = (*y.shape[:2], *_pooled(y, *window))
     check_dense(op, "grad", grad, pooled, y, torch.channels_last)
-    if winners.shape != grad.shape or winners.dtype != torch.uint8 or winners.device != y.device:
+    same = (winners.shape, winners.dtype, winners.device) == (grad.shape, torch.uint8, y.device)
+    if not same or not winners.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"{op}: winners do not belong to grad, got {described(winners)}")
 
 

@@ -20,10 +20,10 @@ from fusedres.triton_kernels.batch_norm import batch_norm_fwd, finish_statistics
 from fusedres.triton_kernels.bn_relu_maxpool import (
     Window,
     bn_relu_maxpool_fwd,
+    bn_relu_maxpool_winners,
     cells_of,
     maxpool_dy,
     maxpool_sums,
-    maxpool_winners,
 )
 from fusedres.triton_kernels.device.conv_bn_finish import conv_bn_finish_kernel
 
@@ -36,8 +36,11 @@ def conv_bn_relu_maxpool_fwd(
     conv: Conv,
     bn: tuple[Any, ...],  # BatchNorm's arguments as batch_norm_fwd takes them
     window: Window,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """p [N, K, PH, PW], y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each."""
+    need_winners: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+    """p [N, K, PH, PW], y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each; winners,
+    bytes of p's shape.
+    """
     _check("conv_bn_relu_maxpool_fwd", x, weight, conv)
     out = output_shape(x.shape, weight.shape, conv)
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -49,11 +52,15 @@ def conv_bn_relu_maxpool_fwd(
         norm = (bn_weight, bn_bias, running_mean, running_var)
         statistics = finish_statistics(part, rows_per_part, y, *norm, momentum, eps)
     mean, _, _, scale, bias = statistics
-    return bn_relu_maxpool_fwd(y, mean, scale, bias, *window), y, statistics
+    if not need_winners:
+        return bn_relu_maxpool_fwd(y, mean, scale, bias, *window), y, statistics, None
+    p, winners = bn_relu_maxpool_winners(y, mean, scale, bias, window)
+    return p, y, statistics, winners
 
 
 def conv_bn_relu_maxpool_bwd(
     grad: Tensor,  # [N, K, PH, PW], of p
+    winners: Tensor | None,  # bytes of p's shape; None: found again
     x: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [K, C, R, S] in x's dtype
     parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
@@ -74,7 +81,8 @@ def conv_bn_relu_maxpool_bwd(
     if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
         raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
     check(op, y, {}, {"mean": mean, "scale": scale, "rstd": rstd})
-    winners = maxpool_winners(y, mean, scale, bias, window)
+    if winners is None:
+        _, winners = bn_relu_maxpool_winners(y, mean, scale, bias, window)
     sums = maxpool_sums(grad, winners, y, mean, window)
     cell, cells = cells_of(y, window)
     if cell == 2:

@@ -1,5 +1,7 @@
-"""The stem's pooling backward by winners: which pixel each window took, found once, read twice.
+"""The stem's pooling with its winners, which pixel each window took, and its backward by them:
+found once, on the way forward, and read twice.
 
+    p       = maxpool(round(relu((y - mean)*scale + bias)))
     winners = of each window the place of its first maximum of round(relu((y - mean)*scale + bias))
               in row-major order, or of its last NaN; NOTHING where ReLU stops the gradient
     g       = of each pixel the gradients of the windows it won, added and rounded
@@ -8,12 +10,13 @@
 
 Neither the activation nor g is ever stored. Comparing activations is most of the arithmetic of a
 pool's backward and registers: here a window's taps are compared once, not once for each pixel, and
-both passes that need g find it by comparing bytes. Winners live within one backward; a tap that
-falls into the padding goes by the nearest pixel, as in bn_relu_maxpool.
+both passes that need g find it by comparing bytes. A tap that falls into the padding goes by the
+nearest pixel, as in bn_relu_maxpool.
 
 In all kernels the grid is (tiles of C, chunks of rows), a chunk being `tiles` tiles of BM rows, so
-that what a program prepares serves many of them. Winners: rows are windows. Reads y (from cache but
-for a pixel's first window), writes a byte a window: 2.25 bytes per bf16 element of y at stride 2.
+that what a program prepares serves many of them. Forward: rows are windows. Reads y (from cache but
+for a pixel's first window), writes p and a byte a window: 2.75 bytes per bf16 element of y at
+stride 2, a quarter of a byte more than bn_relu_maxpool's forward. Saved for backward: y, winners.
 Sums, dy: of the 3x3 window of stride 2 rows are cells of 2x2 pixels, whose 4 windows are read once;
 of any other window they are pixels. Reads y, grad and winners; sums write one partial row a
 program: 2.75 bytes per bf16 element of y at stride 2; dy writes as much as y: 4.75.
@@ -22,7 +25,7 @@ program: 2.75 bytes per bf16 element of y at stride 2; dy writes as much as y: 4
 import triton
 import triton.language as tl
 
-from fusedres.triton_kernels.device.activation import normalized
+from fusedres.triton_kernels.device.activation import normalized, relu
 from fusedres.triton_kernels.device.bn_relu_maxpool import place_within, tap, winner
 
 # a winner is 16*(row within its window) + column; windows are at most 15 wide
@@ -35,7 +38,8 @@ def maxpool_winners_kernel(
     mean_ptr,  # [C] ACC, as are the next two
     scale_ptr,
     bias_ptr,
-    winners_ptr,  # [M, C] bytes, M = N*OH*OW
+    p_ptr,  # [M, C], M = N*OH*OW: the pooled map
+    winners_ptr,  # [M, C] bytes
     M,
     C,
     H,
@@ -85,8 +89,9 @@ def maxpool_winners_kernel(
         mask = (local < count)[:, None]
         if not EVEN:
             mask = mask & inside[None, :]
-        out = winners_ptr + row0.to(tl.int64) * C + local[:, None] * C + cols[None, :]
-        tl.store(out, at.to(tl.uint8), mask=mask)
+        out = row0.to(tl.int64) * C + local[:, None] * C + cols[None, :]
+        tl.store(p_ptr + out, relu(best).to(p_ptr.dtype.element_ty), mask=mask)
+        tl.store(winners_ptr + out, at.to(tl.uint8), mask=mask)
 
 
 @triton.jit
