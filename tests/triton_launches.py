@@ -23,9 +23,9 @@ from torch import Tensor
 
 import fusedres
 from fusedres import backends
+from fusedres._conv import Conv, Source
 from fusedres.library import conv_bn as library
 from fusedres.ops import batch_norm, bn_act, conv_bn
-from fusedres._conv import Conv, Source
 from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels._launch import Launch
@@ -181,8 +181,9 @@ def main() -> None:
             if target in options.rare:
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
+                layers = ((64, 56, 1), (128, 28, 2), (13, 9, 1), (24, 9, 1))
                 sources = ("tensor", "none", "tensor_residual", "deferred_residual")
-                spatial_step(8, torch.bfloat16, ((64, 56, 1), (128, 28, 2), (13, 9, 1)), sources)
+                spatial_step(8, torch.bfloat16, layers, sources)
                 spatial_step(8, torch.float32, ((64, 56, 1), (13, 9, 1)), sources)
                 with fusedres.use_plan("fused"):
                     rare_variants(torch.float32)

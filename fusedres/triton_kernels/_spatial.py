@@ -84,11 +84,12 @@ def dgrad(
         )  # fmt: skip
         da = da[:, :, top : top + x.size(2), left : left + x.size(3)]
     da = da.contiguous(memory_format=torch.channels_last)
-    if source.mean is None:
+    mean, scale, bias = source.mean, source.scale, source.bias
+    if mean is None or scale is None or bias is None:
         return Dgrad(da if grad_a is None else da + grad_a, None, dy if need_dy else None)
-    mask = bn_act_fwd(*source) if source.relu else None
+    mask = bn_act_fwd(x, mean, scale, bias, *source[4:]) if source.relu else None
     res_y = source.residual if source.res_mean is not None else None
-    g_in, sums, res_sums = bn_act_bwd(da, grad_a, mask, x, source.mean, res_y, source.res_mean)
+    g_in, sums, res_sums = bn_act_bwd(da, grad_a, mask, x, mean, res_y, source.res_mean)
     part = sums if res_sums is None else torch.cat([sums, res_sums[1:]])
     return Dgrad(g_in, part[None], dy if need_dy else None)
 

@@ -116,7 +116,9 @@ def conv_bn_spatial_fwd_kernel(
                     tl.load(bias_ptr + ck, mask=in_c, other=0.0)[None, :],
                 )
                 if RESIDUAL > 0:
-                    e = tl.load(residual_ptr + start + at, mask=mask, other=0.0, cache_modifier=".ca")
+                    e = tl.load(
+                        residual_ptr + start + at, mask=mask, other=0.0, cache_modifier=".ca"
+                    )
                     e = e.to(ACC)
                     if RESIDUAL == 2:
                         e = normalized(
