@@ -190,18 +190,21 @@ def test_the_heuristic_follows_the_tensor_cores(monkeypatch: pytest.MonkeyPatch)
     assert plan(torch.float32) == "fused" and plan(torch.float64) == "split"
 
 
+def test_what_has_no_kernel_is_split_whatever_is_asked() -> None:
+    assert plan(asked="fused", groups=2) == plan(groups=2) == "split"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"kernel": (3, 3)},
         {"kernel": (1, 2)},
         {"padding": (1, 1, 1, 1)},
-        {"groups": 2},
         {"stride": (3, 3)},
     ],
 )
-def test_what_has_no_kernel_is_split_whatever_is_asked(changes: dict[str, Any]) -> None:
-    assert plan(asked="fused", **changes) == plan(**changes) == "split"
+def test_what_is_not_pointwise_is_fused_where_it_is_asked_for(changes: dict[str, Any]) -> None:
+    assert plan(asked="fused", **changes) == "fused" and plan(**changes) == "split"
 
 
 def test_a_backend_without_a_fused_plan_raises() -> None:

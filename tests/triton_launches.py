@@ -270,8 +270,9 @@ def main() -> None:
                     rare_spatial_dgrad(dtype)
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
+                layers = ((64, 56, 1), (128, 28, 2), (13, 9, 1), (24, 9, 1))
                 sources = ("tensor", "none", "tensor_residual", "deferred_residual")
-                spatial_step(8, torch.bfloat16, ((64, 56, 1), (128, 28, 2), (13, 9, 1)), sources)
+                spatial_step(8, torch.bfloat16, layers, sources)
                 spatial_step(8, torch.float32, ((64, 56, 1), (13, 9, 1)), sources)
                 with fusedres.use_plan("fused"):
                     rare_variants(torch.float32)
