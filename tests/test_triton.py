@@ -29,11 +29,13 @@ ELSE = "triton and not nchw and not gradcheck"
 SUITES = {  # a name: the file, and what of it
     "in_interpreter, networks": ("in_interpreter", "small_resnet"),
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
+    "in_interpreter_merged": ("in_interpreter_merged", "not (half or three_way)"),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
 SLOW = {
+    "in_interpreter_merged, dtypes": ("in_interpreter_merged", "half or three_way"),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),
