@@ -266,18 +266,21 @@ def test_an_activation_that_rounds_to_zero_masks_both_gradients() -> None:
     found = o.one()
     assert not found["g_in"].any() and not found["sums"].any() and not found["dw"].any()
     o = Operands("tensor", (2, 8, 4, 4), 6, torch.float16, training=False)
-    up = o.up._replace(y=o.up.y.abs() + 1, mean=torch.zeros(6), bias=torch.zeros(6))
-    assert Operands.one(o)["g_in"].any()
-    o.up = up._replace(scale=tiny[:6])
+    y, g = o.up.y.abs() + 1, torch.full_like(o.up.g, 3e4)  # which outweighs the scale
+    o.up = o.up._replace(g=g, y=y, mean=torch.zeros(6), scale=tiny[:6])
+    assert o.one()["g_in"].any()
+    o.up = o.up._replace(bias=torch.zeros(6))
     found = o.one()
     assert not found["g_in"].any() and not found["dw"].any()
 
 
 def test_rows_past_the_end_add_nothing_to_dw() -> None:
-    """Neither as zeros in the place of x, which the prologue makes infinite, nor as repeats."""
+    """A zero in their place would overflow fp16 in the prologue: its mean is far from it."""
     o = Operands("none", (1, 16, 5, 5), 6, torch.float16, relu=False)
-    mean = torch.full((16,), -3e5)
-    o.source = o.source._replace(mean=mean, scale=torch.ones(16), bias=mean.clone())
+    o.source.x[:, 0] = -300
+    mean, scale = torch.zeros(16), torch.ones(16)
+    mean[0], scale[0] = -300, 316
+    o.source = o.source._replace(mean=mean, scale=scale, bias=torch.zeros(16))
     found = o.one()
     assert found["dw"].isfinite().all()
     torch.testing.assert_close(found["dw"], o.two()["dw"], rtol=1e-3, atol=1e-2)
@@ -328,6 +331,24 @@ def test_a_masked_g_keeps_nan() -> None:
     assert found["g_in"].isfinite().all() and found["dw"].isfinite().all()
     o.up.g[0, 0, 0, 0] = float("inf")
     assert not o.one()["g_in"][0, :, 0, 0].isfinite().any()
+
+
+def test_infinity_stays_in_its_row_and_is_counted_once() -> None:
+    """M = 9 of a tile of 32 rows, K = 5 of 16 columns: what fills them up is zero, not a copy."""
+    o = Operands("none", (1, 4, 3, 3), 5, torch.float32, training=False, relu=False)
+    o.source.x.abs_().add_(1)
+    o.source = o.source._replace(bias=torch.full((4,), 2.0))
+    o.up.g.abs_()
+    o.up.g[0, 0, 2, 2] = float("inf")
+    found = o.one()
+    assert found["g_in"][0, :, 2, 2].isinf().all()
+    assert found["g_in"].isfinite().sum() == 4 * 8
+    assert found["dw"][0].isposinf().all() and found["dw"][1:].isfinite().all()
+    o.up.g[0, 0, 2, 2] = 1
+    o.weight[0, 0] = float("inf")
+    found = o.one()
+    assert found["g_in"][:, 0].isposinf().all() and found["sums"][0, 0].isposinf()
+    assert found["sums"][:, 1:].isfinite().all() and found["dw"].isfinite().all()
 
 
 def test_results_do_not_rest_on_what_memory_held(merged: Merged) -> None:

@@ -115,7 +115,7 @@ _MERGED = [
     ),
 ]
 _MERGED_RARE = [
-    (c, k, side, source, emit, True)  # no ResNet-50 has these
+    (c, k, side, source, emit, False)  # no ResNet-50 has these
     for c, k, side in ((64, 64, 28), (64, 256, 28), (256, 64, 28), (512, 128, 28))
     for source, emit in (
         ("none", False),

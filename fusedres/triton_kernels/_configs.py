@@ -23,8 +23,8 @@ MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
 
 @dataclass(frozen=True)
 class Config:
-    """BM rows by BN columns of the result; wgrad: BM rows in a step, BN by BK of dw; bwd: BM rows in
-    a step, BN by all of K of dw, whatever BK is.
+    """BM rows by BN columns of the result; wgrad and bwd: BM rows in a step, BN by BK of dw, which
+    bwd needs to be all of K.
     """
 
     BM: int
