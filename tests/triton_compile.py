@@ -47,10 +47,12 @@ DEVICES = {
     "sm_120": Device("cuda", 120, 32, 101376, 102400, 65536, r"\bHMMA"),
     "gfx942": Device("hip", "gfx942", 64, 65536, 65536, 0, r"v_mfma"),
 }
-GEMMS = (
-    *("conv_bn_fwd_kernel", "conv_bn_dgrad_kernel", "conv_bn_wgrad_kernel"),
-    *("conv_bn_spatial_fwd_kernel", "conv_bn_spatial_wgrad_kernel"),
-    *("conv_bn_spatial_dgrad_kernel", "conv_bn_stem_fwd_kernel", "conv_bn_stem_wgrad_kernel"),
+GEMMS = tuple(
+    f"conv_bn_{name}_kernel"
+    for name in (
+        *("fwd", "dgrad", "wgrad", "bwd", "spatial_fwd", "spatial_dgrad", "spatial_wgrad"),
+        *("stem_fwd", "stem_wgrad"),
+    )
 )
 
 
@@ -177,7 +179,9 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
     half_gemm = row["kernel"] in GEMMS and row["dtype"] in ("bf16", "fp16")
     if half_gemm and not row["tensor_core"]:
         yield "no tensor-core instruction"
-    small = re.search(r"\b(BM|BN)(16|32)\b", row["variant"])
+    # the rows of the left operand: wgmma takes 64 (bwd's are columns of C)
+    sides = "BN" if row["kernel"] == "conv_bn_bwd_kernel" else "BM|BN"
+    small = re.search(rf"\b({sides})(16|32)\b", row["variant"])
     if half_gemm and row["target"] == "sm_90" and not small and not row["wgmma"]:
         yield "no wgmma"
     if half_gemm and row["target"] == "sm_90" and row.get("programs", 2) < row.get("want", 1):

@@ -27,7 +27,15 @@ from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._tensors import stat_dtype
 from fusedres.library import conv_bn as split
 from fusedres.ops import batch_norm, bn_act, conv_bn, conv_bn_relu_maxpool
-from fusedres.triton_kernels import _configs, _gemm, _launch, _spatial, _spatial_dgrad, _stem
+from fusedres.triton_kernels import (
+    _configs,
+    _gemm,
+    _launch,
+    _merged,
+    _spatial,
+    _spatial_dgrad,
+    _stem,
+)
 from fusedres.triton_kernels import bn_act as bn_act_host
 from fusedres.triton_kernels._launch import Launch
 
@@ -211,6 +219,63 @@ def rare_spatial_dgrad(dtype: torch.dtype) -> None:
         spatial_dgrad((3, 5, 7, 7), stride, dtype, 2)
 
 
+# 1x1 convolutions of stride 1 of a ResNet-50 with dgrad and wgrad in one kernel: C, K, the side of
+# the map; what the input is; whether the activation was emitted and its gradient joins; whether g
+# arrives unmasked, as behind a library's 3x3
+_MERGED = [
+    *((64, 64, 56, "tensor", True, gmask) for gmask in (False, True)),  # the first conv1
+    (64, 256, 56, "tensor", False, False),  # the first projection shortcut
+    (64, 256, 56, "none", False, False),  # conv3
+    *(
+        (c, k, side, source, True, gmask)  # conv1 of the other blocks
+        for c, k, side in ((256, 64, 56), (256, 128, 56), (512, 128, 28))
+        for source in ("tensor_residual", "deferred_residual")
+        for gmask in (False, True)
+    ),
+]
+_MERGED_RARE = [
+    (c, k, side, source, emit, False)  # no ResNet-50 has these
+    for c, k, side in ((64, 64, 28), (64, 256, 28), (256, 64, 28), (512, 128, 28))
+    for source, emit in (
+        ("none", False),
+        ("none", True),
+        ("tensor_residual", False),
+        ("deferred_residual", False),
+        ("deferred_residual", True),
+    )
+]
+
+
+def merged_backward(batch: int, dtype: torch.dtype, *, rare: bool = False) -> int:
+    """Backward of these convolutions in one kernel each, where it serves them: how many it does."""
+    conv, served = Conv((1, 1), (0, 0, 0, 0), (1, 1), 1), 0
+    for c, k, side, kind, emit, gmask in _MERGED_RARE if rare else _MERGED:
+        options = {"dtype": dtype, "memory_format": torch.channels_last}
+        x = torch.empty(batch, c, side, side, **options)
+        vectors, outs = [torch.empty(c)] * 3, [torch.empty(k)] * 4
+        deferred, joins = (
+            kind != "tensor",
+            kind.endswith("residual")
+            and not (
+                emit and kind == "tensor_residual"  # which is not saved then
+            ),
+        )
+        joined = vectors if kind == "deferred_residual" else [None] * 3
+        own = vectors if deferred else [None] * 3
+        source = Source(x, *own, x if joins else None, *joined, deferred)
+        weight = torch.empty(k, c, 1, 1, dtype=dtype)
+        if not _merged.serves(x, weight, conv, source):
+            continue
+        y = torch.empty(batch, k, side, side, **options)
+        bias = outs[3] if gmask else None
+        for training in (True, False) if rare else (True,):
+            up = Upstream(y, torch.empty(2, k), y, *outs[:3], bias, training)
+            a = x if emit and deferred else None
+            _merged.bwd(up, source, a, x if emit else None, weight, conv)
+        served += 1
+    return served
+
+
 def described(launch: Launch) -> dict[str, Any]:
     """A launch as triton_compile.py reads it: what a compilation depends on."""
     arguments: list[list[Any]] = []
@@ -231,6 +296,8 @@ def described(launch: Launch) -> dict[str, Any]:
     sizes = launch.arguments()
     depth = {"conv_bn_fwd_kernel": "C", "conv_bn_dgrad_kernel": "K"}.get(launch.name)
     shallow = depth is not None and sizes[depth] <= 128
+    if launch.name == "conv_bn_bwd_kernel":  # deeper, and dw leaves no registers for another
+        shallow = sizes["K"] <= 64
     return {
         # few steps deep: another program should run beside its epilogue
         "want": 2 if shallow or launch.name == "conv_bn_stem_fwd_kernel" else 1,
@@ -265,9 +332,11 @@ def main() -> None:
             spatial_step(256, torch.bfloat16, _3X3, ("tensor", "none"))
             spatial_dgrad_step()
             stem_step(256, 224)
+            merged_backward(256, torch.bfloat16)
             if target in options.rare:
                 for dtype in (torch.bfloat16, torch.float32, torch.float64):
                     rare_spatial_dgrad(dtype)
+                merged_backward(8, torch.bfloat16, rare=True)
                 model_step(8, 224, variant="keras")
                 rare_variants(torch.bfloat16)
                 layers = ((64, 56, 1), (128, 28, 2), (13, 9, 1), (24, 9, 1))

@@ -24,7 +24,9 @@ MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
 
 @dataclass(frozen=True)
 class Config:
-    """BM rows by BN columns of the result (wgrad: BM rows in a step, BN by BK of dw)."""
+    """BM rows by BN columns of the result; wgrad and bwd: BM rows in a step, BN by BK of dw, which
+    bwd needs to be all of K.
+    """
 
     BM: int
     BN: int
@@ -87,6 +89,8 @@ def _config_of(
 
 def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """What is taken where nothing was measured."""
+    if kernel == "bwd":
+        return _merged_rule(itemsize, shape, residual, arch)
     if shape.kernel != (1, 1) and kernel == "dgrad":
         return _spatial_dgrad_rule(itemsize, shape, residual, arch)
     if shape.kernel != (1, 1):
@@ -186,6 +190,23 @@ def _stem_rule(kernel: str, itemsize: int, out_channels: int, arch: int) -> Conf
     return Config(32, 256, 64, 8, 3) if wgmma else Config(32, 128, 64, 8, 2)
 
 
+def _merged_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    """For dgrad and wgrad in one: BN * K is a quarter of the registers of 8 warps at most.
+
+    Half of them go to a tile of g and y and what comes of them, hence BM.
+    """
+    depth = max(16, 1 << (shape.out_channels - 1).bit_length())
+    if itemsize > 2 or shape.in_channels % 8 or shape.out_channels % 8:
+        return Config(32, 32, depth, 4, 1)
+    wide = depth == 128 and shape.in_channels > 64  # fewer tiles of C read g and y again
+    columns = 128 if wide else 64
+    # below: two programs of 4 warps, so that one's epilogue hides behind the other's products
+    warps = 8 if depth > 64 else 4
+    if depth > 128 or residual:
+        return Config(32, columns, depth, warps, 3)
+    return Config(64, columns, depth, warps, 3 if shape.in_channels <= 64 else 2)
+
+
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
     if shape is not None and shape.kernel != (1, 1) and kernel != "dgrad":
@@ -199,6 +220,15 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     if kernel == "dgrad":
         blocks = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]
+    if kernel == "bwd":
+        outs = shape.out_channels if shape else 64
+        if outs <= 64:
+            tiles = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (32, 128, 8, 3)]
+        elif outs <= 128:
+            tiles = [(64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 8, 3)]
+        else:
+            tiles = [(32, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 2)]
+        return [Config(m, n, outs, w, s) for m, n, w, s in tiles]
     blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
     return [Config(m, n, k, w, 3) for m, n, w in blocks for k in (64, 128) if n * k <= 8192]
 

@@ -88,11 +88,13 @@ def chunks(m: int, config: Config, device: torch.device, across: int = 1) -> tup
     return tiles, triton.cdiv(m, tiles * config.BM)
 
 
-def splits(m: int, config: Config, programs: int, device: torch.device) -> tuple[int, int]:
-    """Tiles of rows in a split of wgrad, and splits: with `programs` programs to a split, enough to
-    fill the device twice.
+def splits(
+    m: int, config: Config, programs: int, device: torch.device, each: int = 2
+) -> tuple[int, int]:
+    """Tiles of rows in a split of wgrad, and splits: with `programs` programs to a split, `each`
+    for a multiprocessor.
     """
-    wanted = max(1, 2 * multiprocessors(device) // programs)
+    wanted = max(1, each * multiprocessors(device) // programs)
     tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), wanted))
     return tiles, triton.cdiv(m, tiles * config.BM)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusedres._checks import check_dense, described
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._plans import Plan
-from fusedres.triton_kernels import _pointwise, _spatial, _stem
+from fusedres.triton_kernels import _merged, _pointwise, _spatial, _stem
 from fusedres.triton_kernels._args import acc, check, like, rows
 from fusedres.triton_kernels._gemm import Dgrad, empty, residual_kind
 from fusedres.triton_kernels._launch import launch
@@ -92,10 +92,14 @@ def conv_bn_bwd(
     _check(op, source, weight, conv)
     _check_bwd(op, source, weight, conv, a, bits, up, grad_a, plan.compact)
     launches, found, dw_part = _launches(source, weight, conv), None, None
-    if need_input:
+    whole = grad_a is None or grad_a.shape == source.x.shape
+    merged = plan.merged and need_input and need_weight and whole
+    if merged and _merged.serves(source.x, weight, conv, source):
+        found, dw_part = _merged.bwd(up, source, a, grad_a, weight.contiguous(), conv)
+    elif need_input:
         more = {"bits": bits, "compact": plan.compact} if launches is _pointwise else {}
         found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight, **more)
-    if need_weight:
+    if need_weight and dw_part is None:
         dy = None if found is None else found.dy
         if dy is None:
             own = (up.g, up.y, up.mean, up.scale, up.rstd, up.sums, up.training)
