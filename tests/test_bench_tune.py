@@ -36,7 +36,11 @@ LAYERS = (
     Layer("stage 1", "layer1.1.conv3", "conv3", 56, 64, 256, 1, 1),
     Layer("stage 1", "layer1.1.conv1", "conv1", 56, 256, 64, 1, 1),
 )
-KERNELS = kernels_of(LAYERS[0], "triton")
+KERNELS = (
+    Tuned("fwd", "fused", "fwd"),
+    Tuned("dgrad", "fused", "bwd"),
+    Tuned("wgrad", "fused", "bwd"),
+)
 ENTRY = {"device": "cpu", "dtype": "float32", "kernel": [1, 1], "stride": [1, 1]}
 OF_CONV3 = ENTRY | {"in_channels": 64, "out_channels": 256}
 OF_CONV1 = ENTRY | {"in_channels": 256, "out_channels": 64}
@@ -133,6 +137,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     for module in (convolutions, measure, sweep, tune):
         monkeypatch.setattr(module, "own_backends", lambda *_: ["triton"])
     monkeypatch.setattr(light, "own_backends", lambda *_: [])
+    monkeypatch.setattr(convolutions, "_with_options", lambda _: [])
     monkeypatch.setattr(sweep, "_way_now", lambda _: ("triton", "split"))
     monkeypatch.setattr(Site, "case", lambda site, *about: found.case(site, *about))
     monkeypatch.setattr(tune, "sites_of", sites)
@@ -439,13 +444,14 @@ def test_layers_come_batch_by_batch_and_the_largest_share_first() -> None:
 def test_plans_and_kernels_of_a_layer() -> None:
     by_name = {layer.name: layer for layer in layers()}
     pointwise, spatial = by_name["layer1.0.conv3"], by_name["layer1.0.conv2"]
-    assert plans_of(pointwise, "triton") == ("fused", "split")
-    assert plans_of(spatial, "triton")[-1] == "split" and plans_of(pointwise, "cuda") == ("split",)
-    assert kernels_of(pointwise, "triton") == (
-        Tuned("fwd", "fused", "fwd"),
-        Tuned("dgrad", "fused", "bwd"),
-        Tuned("wgrad", "fused", "bwd"),
-    )
+    assert plans_of(pointwise, "triton") == ("fused", "split", "fused+merged")
+    assert plans_of(by_name["layer1.1.conv1"], "triton")[2:] == ("fused+masks", "fused+merged")
+    assert plans_of(by_name["layer3.1.conv3"], "triton") == ("fused", "split")
+    assert plans_of(spatial, "triton") == ("fused", "epilogue", "split")
+    assert plans_of(by_name["conv1"], "triton") == ("fused", "split")
+    assert plans_of(pointwise, "cuda") == ("split",)
+    assert kernels_of(pointwise, "triton") == (*KERNELS, Tuned("bwd", "fused+merged", "bwd"))
+    assert kernels_of(spatial, "triton") == (*KERNELS, Tuned("fwd_plain", "epilogue", "fwd"))
     assert kernels_of(pointwise, "cuda") == ()
     for layer in by_name.values():  # what is swept is timed in a plan and a direction that exist
         site = Site(layer, 2, torch.bfloat16, CPU)

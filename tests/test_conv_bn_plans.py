@@ -127,13 +127,15 @@ def test_gradients_along_both_carriers_add_up(backend: str, first: str) -> None:
         d = _first(t)
     with use_backend(backend), use_plan("split"):
         ours = conv_bn(d, t["w"], padding=1).value() + conv_bn(d, t["w"], padding=1).value()
-        linear = replace(d, relu=False).value()
-        ours = ours + linear[:, :6] + d.value()[:, 2:]
+        linear = replace(d, relu=False)
+        ours = ours + linear.value()[:, :6] + d.value()[:, 2:]
+        ours = ours + conv_bn(linear, t["w"], padding=1, relu=False).value()
 
     def theirs(t: Inputs) -> Tensor:
         u = eager_batch_norm(F.conv2d(t["x"], t["w0"]), t, "n0", True)
         y = F.batch_norm(F.conv2d(u.relu(), t["w"], padding=1), None, None, training=True)
-        return 2 * y.relu() + u[:, :6] + u.relu()[:, 2:]
+        of_linear = F.batch_norm(F.conv2d(u, t["w"], padding=1), None, None, training=True)
+        return 2 * y.relu() + u[:, :6] + u.relu()[:, 2:] + of_linear
 
     _compare(t, ours, theirs)
 

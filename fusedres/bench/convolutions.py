@@ -25,6 +25,7 @@ from torch import Tensor
 from fusedres import backends
 from fusedres._conv import Conv
 from fusedres._plan_table import Shape
+from fusedres._plans import has
 from fusedres._tensors import stat_dtype
 from fusedres.bench import roofline
 from fusedres.bench.light import norm_gradient, sums_of
@@ -67,11 +68,29 @@ def conv_of(layer: Layer) -> Conv:
 
 
 def plans_of(layer: Layer, backend: str) -> tuple[str, ...]:
-    """The plans of a backend that are worth timing for a layer."""
+    """The plans of a backend that are worth timing for a layer; none that holds more memory."""
     kernel = (layer.kernel, layer.kernel)
     served = backends.BACKENDS[backend].plans
-    fusable = "fused" in served and conv_of(layer).has_fused_kernel(kernel)
-    return ("fused", "split") if fusable else ("split",)
+    if "fused" not in served or not conv_of(layer).has_fused_kernel(kernel):
+        return ("split",)
+    if layer.kernel > 1:
+        return ("fused", "split") if layer.role == "stem" else ("fused", "epilogue", "split")
+    return "fused", "split", *_with_options(layer)
+
+
+def _with_options(layer: Layer) -> list[str]:
+    """Plans of a 1x1 convolution with something added."""
+    from fusedres.triton_kernels._merged import MOST_CHANNELS  # which needs Triton
+
+    found = ["fused+masks"] if joins(layer) else []
+    if layer.stride == 1 and layer.in_channels <= MOST_CHANNELS.get(layer.out_channels, 0):
+        found.append("fused+merged")
+    return found
+
+
+def joins(layer: Layer) -> bool:
+    """Whether a residual joins in its input, and the joined activation is written."""
+    return layer.role == "conv1" and layer.name != "layer1.0.conv1"
 
 
 class Tuned(NamedTuple):
@@ -92,11 +111,13 @@ def kernels_of(layer: Layer, backend: str) -> tuple[Tuned, ...]:
         return ()
     if not has_dgrad(layer):
         return Tuned("fwd", "fused", "fwd"), Tuned("wgrad", "fused", "wgrad")
-    return (
-        Tuned("fwd", "fused", "fwd"),
-        Tuned("dgrad", "fused", "bwd"),
-        Tuned("wgrad", "fused", "bwd"),
-    )
+    found = [Tuned("fwd", "fused", "fwd"), Tuned("dgrad", "fused", "bwd")]
+    found.append(Tuned("wgrad", "fused", "bwd"))
+    if "epilogue" in plans_of(layer, backend):
+        found.append(Tuned("fwd_plain", "epilogue", "fwd"))
+    if "fused+merged" in plans_of(layer, backend):
+        found.append(Tuned("bwd", "fused+merged", "bwd"))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ class Site:
     @property
     def joins(self) -> bool:
         """Whether a residual joins in its input, and the joined activation is written."""
-        return self.deferred and self.layer.role == "conv1"
+        return joins(self.layer)
 
     def case(self, direction: str, count: int) -> OpCase:
         """The layer in one direction; it stands `count` times in the network."""
@@ -225,6 +246,10 @@ class Site:
         if self.joins:
             t["residual"] = full(c, layer.size)
         a = t["a"] = self._activation(t)  # ours read it where it was emitted, eager always
+        if self.joins and c % 8 == 0:
+            eight = (a > 0).permute(0, 2, 3, 1).reshape(-1, c // 8, 8).byte()
+            places = torch.arange(8, dtype=torch.uint8, device=self.device)
+            t["bits"] = (eight << places).sum(2, dtype=torch.uint8)
         # y as the convolution left it; running statistics to be moved
         y = self._convolve(a, t["packed"])
         in_stat = y.to(stat)
@@ -263,7 +288,7 @@ class Site:
 
     def _forward(self, backend: str, plan: str, t: Inputs) -> Results:
         norm = (t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"])
-        y, mean, _, rstd, *_, a = torch.ops.fusedres.conv_bn_fwd(
+        y, mean, _, rstd, *_, a, _ = torch.ops.fusedres.conv_bn_fwd(
             *self._source(t), t["weight"], t["packed"], *self.conv, self.joins, *norm, True, 0.1,
             None, EPS, backend, plan,
         )  # fmt: skip
@@ -279,9 +304,9 @@ class Site:
         grad_a = t.get("grad_a") if need_input else None
         stat = t["y_mean"].dtype
         g_in, sums, _, dw, *_ = torch.ops.fusedres.conv_bn_bwd(
-            *source, t["weight"], t["packed"], *self.conv, t["a"] if self.joins else None, None,
-            t["g"], t["sums"], grad_a, *own, None, True, need_input, need_weight, stat, stat,
-            backend, plan,
+            *source, t["weight"], t["packed"], *self.conv, t["a"] if self.joins else None,
+            t["bits"] if has(plan, "masks") else None, t["g"], t["sums"], grad_a, *own, None, True,
+            need_input, need_weight, stat, stat, backend, plan,
         )  # fmt: skip
         found = [g_in, sums] if need_input and self.deferred else [g_in] * need_input
         return [dw] * need_weight + found

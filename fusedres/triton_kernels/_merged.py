@@ -43,7 +43,7 @@ from fusedres.triton_kernels.device.conv_bn_bwd import conv_bn_bwd_kernel
 
 # K: the most C. More tiles of C read g and y more often from L2 than the saving is worth; with more
 # of K, dw^T of 64 columns of C leaves the operands of neither product a register.
-_MOST_CHANNELS = {64: 512, 128: 512, 256: 64}
+MOST_CHANNELS = {64: 512, 128: 512, 256: 64}
 
 
 def serves(
@@ -61,9 +61,9 @@ def serves(
     if not conv.is_pointwise((weight.size(2), weight.size(3))) or conv.stride != (1, 1):
         return False
     if _gemm.INTERPRETED:
-        return outs <= max(_MOST_CHANNELS)
+        return outs <= max(MOST_CHANNELS)
     reads_shared = 90 <= _gemm.arch_of(x.device) < 120
-    fits = channels % 64 == 0 and channels <= _MOST_CHANNELS.get(outs, 0)
+    fits = channels % 64 == 0 and channels <= MOST_CHANNELS.get(outs, 0)
     return x.dtype.itemsize == 2 and reads_shared and fits
 
 
