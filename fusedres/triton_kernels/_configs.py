@@ -191,9 +191,9 @@ def _stem_rule(kernel: str, itemsize: int, out_channels: int, arch: int) -> Conf
 
 
 def _merged_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
-    """For dgrad and wgrad in one: BN * K is a quarter of the registers of 8 warps at most.
-
-    Half of them go to a tile of g and y and what comes of them, hence BM.
+    """For dgrad and wgrad in one: dw, BN by K, takes a quarter of the registers of 8 warps at most,
+    and leaves a tile of g and y the rest, hence BM. With 3 stages a tile is on its way while
+    another is worked on; with 2, none.
     """
     depth = max(16, 1 << (shape.out_channels - 1).bit_length())
     if itemsize > 2 or shape.in_channels % 8 or shape.out_channels % 8:
@@ -202,9 +202,7 @@ def _merged_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Confi
     columns = 128 if wide else 64
     # below: two programs of 4 warps, so that one's epilogue hides behind the other's products
     warps = 8 if depth > 64 else 4
-    if depth > 128 or residual:
-        return Config(32, columns, depth, warps, 3)
-    return Config(64, columns, depth, warps, 3 if shape.in_channels <= 64 else 2)
+    return Config(32 if depth > 64 or residual else 64, columns, depth, warps, 3)
 
 
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
@@ -223,9 +221,9 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     if kernel == "bwd":
         outs = shape.out_channels if shape else 64
         if outs <= 64:
-            tiles = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (32, 128, 8, 3)]
+            tiles = [(64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3)]
         elif outs <= 128:
-            tiles = [(64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 8, 3)]
+            tiles = [(32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3)]
         else:
             tiles = [(32, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 2)]
         return [Config(m, n, outs, w, s) for m, n, w, s in tiles]

@@ -11,15 +11,17 @@ sm_90, times warps / 4, at 1.75 GHz.
     64, 64    Tensor, grad_a                            448    320     0.17   0.12      0.33
     64, 256   Tensor                                   1152    640     0.43   0.24      0.48
     64, 256   Deferred                                 1216    640     0.45   0.24      0.65
-    256, 64   join, a, grad_a                          1536   1152     0.57   0.43      0.52
+    256, 64   join, a, grad_a                          1536   1152     0.57   0.43      0.54
     256, 64   the same, normalised residual            1792   1408     0.67   0.53      0.58
-    256, 128  join, a, grad_a                          1792   1280     0.67   0.48      0.50
-    512, 128  join, a, grad_a                          3072   2304     0.29   0.22      0.55
+    256, 128  join, a, grad_a                          1792   1280     0.67   0.48      0.56
+    512, 128  join, a, grad_a                          3072   2304     0.29   0.22      0.63
     512, 128  the same, normalised residual            3584   2816     0.34   0.26      0.63
 
 The products take 0.02 to 0.13 ms of that on the tensor cores. A latency of 0.7 us wants 23 KB in
-flight on an SM; the pipeline's stages hold 48 KB and more. 128, 512 would save as much as 64, 256,
-but spills.
+flight on an SM; a tile of what the products read is on its way while another is worked on, which is
+24 KB where K is 128 (36 to 48 KB elsewhere, 24 with a normalised residual). x, grad_a and the
+residual of a join are not in the pipeline: they are asked for at the head of a step. 128, 512 would
+save as much as 64, 256, but spills.
 """
 
 from __future__ import annotations
