@@ -109,7 +109,7 @@ def _pointwise_rule(
     depth = 64 if wgmma else 32  # of operands that live in registers, beside the result
     if itemsize == 8:
         return Config(32, 32, 16, 4, 1)
-    if in_channels % 8 or out_channels % 8:  # element by element: no access is of 16 bytes
+    if in_channels % 16 or out_channels % 16:  # Triton knows of multiples of 16 alone
         return Config(64, 32, 32, 4, 1)
     if itemsize == 4:
         return Config(64, 64, 32, 4, 2)
@@ -164,7 +164,7 @@ def _spatial_rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch:
 
 def _spatial_dgrad_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     channels = (shape.in_channels, shape.out_channels)
-    if itemsize != 2 or channels[0] % 8 or channels[1] % 8 or arch == HIP:
+    if itemsize != 2 or channels[0] % 16 or channels[1] % 16 or arch == HIP:
         return _pointwise_rule("dgrad", itemsize, *channels, residual, arch)
     columns = 64 if shape.in_channels <= 64 else 128
     if 100 <= arch < 120:  # a thread holds whole rows of dy, and all of the vectors beside them
