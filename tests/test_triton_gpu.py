@@ -1,18 +1,25 @@
-"""The triton backend on a GPU, where bf16 can be trusted: ResNet-50's shapes, every configuration.
+"""The triton backend on a GPU, where bf16 can be trusted: ResNet-50's shapes, every configuration,
+every dataflow.
 
 Needs torch, triton, numpy and pytest only.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_conv_bn_relu_maxpool import Stem
 from torch import Tensor
 
+import fusedres
 from fusedres import Deferred, use_backend, use_plan
+from fusedres._plan_table import Shape
+from fusedres._plans import DATAFLOWS
+from fusedres.models import resnet
 from fusedres.ops import conv_bn
 from fusedres.testing import (
     CHANNELS_LAST,
@@ -29,11 +36,12 @@ from fusedres.testing import (
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PLANS = ["fused", "split"]
+OPTIONED = ["fused+masks", "fused+merged", "epilogue", "split+keep"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One 1x1 convolution of a ResNet-50 as it stands there: what it reads, and its shape."""
+    """One convolution of a ResNet-50 as it stands there: what it reads, and its shape."""
 
     source: str  # "tensor", "none", "tensor_residual", "deferred_residual"
     in_channels: int
@@ -43,9 +51,10 @@ class Layer:
     emit: bool = False
     batch: int = 8
     relu: bool = True
+    kernel: int = 1
 
     def __str__(self) -> str:
-        flags = f"s{self.stride}" + (",emit" if self.emit else "")
+        flags = f"{self.kernel}x{self.kernel},s{self.stride}" + (",emit" if self.emit else "")
         return f"{self.source},{self.in_channels}-{self.out_channels}@{self.size},{flags}"
 
     def inputs(self, make: Maker) -> Inputs:
@@ -55,7 +64,7 @@ class Layer:
             t["r"] = make.activation(*shape)
         if self.source == "deferred_residual":
             t |= make.norm("nr", self.in_channels)
-        t["w"] = make.weight(self.out_channels, self.in_channels, 1, 1)
+        t["w"] = make.weight(self.out_channels, self.in_channels, self.kernel, self.kernel)
         return t | make.norm("n", self.out_channels)
 
     def ours(self, t: Inputs) -> Outputs:
@@ -68,8 +77,9 @@ class Layer:
         if self.source != "tensor":
             x = batch_norm(t["x"], *norm_arguments(t, "n0"), residual=residual, relu=self.relu)
         h = conv_bn(
-            x, t["w"], *norm_arguments(t, "n"), stride=self.stride, emit=self.emit, relu=self.relu
-        )
+            x, t["w"], *norm_arguments(t, "n"), stride=self.stride, padding=self.kernel // 2,
+            emit=self.emit, relu=self.relu,
+        )  # fmt: skip
         if self.emit:
             return {"value": h[0].value(), "emitted": h[1]}  # type: ignore[index, union-attr]
         return {"value": h.value()}  # type: ignore[union-attr]
@@ -83,7 +93,9 @@ class Layer:
             if self.source == "deferred_residual":
                 a = a + eager_batch_norm(t["r"], t, "nr", True)
             a = a.relu() if self.relu else a
-        value = eager_batch_norm(F.conv2d(a, t["w"], stride=self.stride), t, "n", True)
+        value = eager_batch_norm(
+            F.conv2d(a, t["w"], None, self.stride, self.kernel // 2), t, "n", True
+        )
         value = value.relu() if self.relu else value
         return {"value": value, "emitted": a} if self.emit else {"value": value}
 
@@ -110,7 +122,15 @@ LAYERS = [
     Layer("deferred_residual", 64, 128, 15, stride=2),
     Layer("tensor_residual", 24, 40, 13, emit=True),  # no power of two
     Layer("deferred_residual", 5, 11, 9, emit=True),  # no access of 16 bytes
+    Layer("none", 64, 64, 56, kernel=3),
+    Layer("none", 128, 128, 56, stride=2, kernel=3),
+    Layer("none", 256, 256, 14, kernel=3),
+    Layer("none", 512, 512, 14, stride=2, kernel=3),
+    Layer("none", 512, 512, 7, kernel=3),
+    Layer("deferred_residual", 24, 40, 13, kernel=3),
+    Layer("tensor", 3, 64, 64, stride=2, kernel=7),  # the stem
 ]
+SPATIAL = [layer for layer in LAYERS if layer.kernel == 3]
 
 
 @pytest.fixture(autouse=True)
@@ -141,23 +161,65 @@ def test_masks_in_half_types(layer: Layer, dtype: torch.dtype) -> None:
     check_case(layer, "triton", dtype, CHANNELS_LAST, "cuda", trim=0.01, plan="fused")
 
 
+@pytest.mark.parametrize("plan", OPTIONED)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_plans_with_options(layer: Layer, plan: str) -> None:
+    check(layer, torch.bfloat16, plan)
+
+
+@pytest.mark.parametrize("name", DATAFLOWS)
+def test_dataflows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network in fp64 equals the reference."""
+    monkeypatch.setattr(resnet, "_WIDTHS", (64, 64, 64, 64))
+    monkeypatch.setitem(resnet._DEPTHS, 50, (2, 1, 1, 1))
+    model = fusedres.FusedResNet50(10).cuda().double().to(memory_format=CHANNELS_LAST)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64, device="cuda")
+    found = []
+    for backend, plan in (("triton", name), ("reference", "auto")):
+        twin = copy.deepcopy(model)
+        with use_backend(backend), use_plan(plan):
+            out = twin(x)
+            out.square().sum().backward()
+        found.append({"out": out.detach()} | {n: p.grad for n, p in twin.named_parameters()})
+    for key, truth in found[1].items():
+        ours = found[0][key]
+        assert ours is not None and truth is not None and truth.any()
+        assert (ours - truth).abs().max() <= 1e-10 * truth.abs().max(), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_stem(plan: str, dtype: torch.dtype) -> None:
+    trim = 0.02 if dtype in HALF_TYPES else 0.0  # where rounding changes a window's winner
+    check_case(Stem((4, 3, 64, 96), 64), "triton", dtype, CHANNELS_LAST, "cuda", trim, plan)
+
+
 @pytest.mark.parametrize("layer", LAYERS[3:6], ids=str)
 def test_chunks_of_several_tiles(layer: Layer) -> None:
     """A batch from which a program takes more than one tile of rows."""
     check(replace(layer, batch=96), torch.bfloat16, "fused")
 
 
-@pytest.mark.parametrize("kernel", ["fwd", "dgrad", "wgrad"])
-@pytest.mark.parametrize("layer", [LAYERS[2], LAYERS[3], LAYERS[6], LAYERS[12]], ids=str)
+SWEPT = [LAYERS[2], LAYERS[3], LAYERS[6], LAYERS[12], *SPATIAL[:3]]
+
+
+@pytest.mark.parametrize(
+    ("layer", "kernel"),
+    [(layer, kernel) for kernel in ("fwd", "dgrad", "wgrad") for layer in SWEPT]
+    + [(LAYERS[-1], "fwd"), (LAYERS[-1], "wgrad"), (LAYERS[2], "bwd"), (LAYERS[3], "bwd")],
+    ids=str,
+)
 def test_every_configuration(layer: Layer, kernel: str) -> None:
     """Each candidate against fp64, not only the one that is taken."""
     from fusedres.triton_kernels import _configs
 
+    sides = (layer.kernel, layer.kernel), (layer.stride, layer.stride)
+    shape = Shape(layer.in_channels, layer.out_channels, *sides)
     tried = 0
-    for config in _configs.candidates(kernel):
+    for config in _configs.candidates(kernel, shape):
         try:
             with _configs.trying({kernel: config}):
-                check(layer, torch.bfloat16, "fused")
+                check(layer, torch.bfloat16, "fused+merged" if kernel == "bwd" else "fused")
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise AssertionError(f"{config}: {error}") from error

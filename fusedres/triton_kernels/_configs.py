@@ -208,7 +208,8 @@ def _merged_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Confi
 def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
     if shape is not None and shape.kernel != (1, 1) and kernel != "dgrad":
-        return _spatial_candidates(kernel)
+        of_image = shape.in_channels <= STEM_CHANNELS
+        return _stem_candidates(kernel) if of_image else _spatial_candidates(kernel)
     if kernel == "fwd":
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))]
@@ -229,6 +230,13 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
         return [Config(m, n, outs, w, s) for m, n, w, s in tiles]
     blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
     return [Config(m, n, k, w, 3) for m, n, w in blocks for k in (64, 128) if n * k <= 8192]
+
+
+def _stem_candidates(kernel: str) -> list[Config]:
+    if kernel == "fwd":
+        blocks = [(64, 4), (128, 4), (128, 8), (256, 8)]
+        return [Config(m, 64, 32, w, s) for m, w in blocks for s in (3, 4)]
+    return [Config(m, n, 64, 8, s) for m in (32, 64) for n in (128, 256) for s in (2, 3)]
 
 
 def _spatial_candidates(kernel: str) -> list[Config]:
