@@ -205,9 +205,12 @@ def _by_rule(site: Site, kernel: Tuned) -> Config:
 
 
 def in_words(config: Mapping[str, int]) -> str:
-    """ "128x64x64/8/3": BM x BN x BK / warps / stages."""
+    """ "128x64x64/8/3": BM x BN x BK / warps / stages; "/2" after it for 2 programs of a persistent
+    grid on a multiprocessor.
+    """
     blocks = "x".join(str(config[side]) for side in ("BM", "BN", "BK"))
-    return f"{blocks}/{config['num_warps']}/{config['num_stages']}"
+    grid = f"/{config['programs']}" if config.get("programs") else ""
+    return f"{blocks}/{config['num_warps']}/{config['num_stages']}{grid}"
 
 
 def faster(row: Row) -> bool:

@@ -212,13 +212,17 @@ def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
         return _stem_candidates(kernel) if of_image else _spatial_candidates(kernel)
     if kernel == "fwd":
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
-        return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))]
+        found = [
+            Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 2), (32, 3))
+        ]
+        return [*found, Config(64, 128, 64, 4, 3, 2), Config(128, 128, 64, 8, 3, 1)]
     if kernel == "dgrad" and shape is not None and shape.kernel != (1, 1):
         blocks = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
         return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (64, 3), (32, 3))]
     if kernel == "dgrad":
         blocks = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8)]
-        return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]
+        found = [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 2), (32, 3))]
+        return [*found, Config(64, 128, 64, 4, 2, 2), Config(64, 64, 64, 4, 2, 3)]
     if kernel == "bwd":
         outs = shape.out_channels if shape else 64
         if outs <= 64:
