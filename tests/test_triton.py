@@ -34,6 +34,7 @@ SUITES = {  # a name: the file, and what of it
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
 SLOW = {
+    "in_interpreter_spatial_dgrad": ("in_interpreter_spatial_dgrad", ""),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_bn_relu_maxpool": ("test_bn_relu_maxpool", ELSE),

@@ -87,7 +87,9 @@ def _tap_steps(conv: Conv) -> tuple[int, int]:
 
 def _pixels_of_a_class(x: Tensor, conv: Conv) -> int:
     """Of the largest class, in all images."""
-    return x.size(0) * triton.cdiv(x.size(2), conv.stride[0]) * triton.cdiv(x.size(3), conv.stride[1])
+    return (
+        x.size(0) * triton.cdiv(x.size(2), conv.stride[0]) * triton.cdiv(x.size(3), conv.stride[1])
+    )
 
 
 def _tap_of_every_output(

@@ -165,7 +165,9 @@ def conv_bn_spatial_dgrad_kernel(
     inside = cols < C
     ih0, PH, r0, nr, oh0 = class_along(cls // SW, H, top, R, SH, DH, TH)
     iw0, PW, s0, ns, ow0 = class_along(cls % SW, W, left, S, SW, DW, TW)
-    written = tl.where((pn == 0) & (cls == dy_class), K, 0)  # columns of dy that this program stores
+    written = tl.where(
+        (pn == 0) & (cls == dy_class), K, 0
+    )  # columns of dy that this program stores
     per_row = -1.0 / tl.cast(M, ACC)
     first = chunk // (SH * SW) * tiles
     last = 1
