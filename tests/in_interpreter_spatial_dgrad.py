@@ -300,7 +300,8 @@ def test_who_writes_dy() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_dy_is_that_of_the_light_pass(dtype: torch.dtype) -> None:
     """Every value of it, to the last digits, whatever tap and class it was written under."""
-    for layer in GEOMETRIES.values():
+    for name in ("3x3", "3x3/2", "2x2/2, below and right", "3x1/1x2", "3x3/4x2, dilated by 2x3"):
+        layer = GEOMETRIES[name]
         t = inputs(layer, Maker(dtype, CHANNELS_LAST))
         kernel, light = (ours(replace(layer, prologue=p), t)["dy"] for p in (True, False))
         torch.testing.assert_close(kernel, light, rtol=1e-6, atol=1e-6)
@@ -309,7 +310,7 @@ def test_dy_is_that_of_the_light_pass(dtype: torch.dtype) -> None:
 def test_weights_of_any_strides() -> None:
     t = inputs(layer := Layer(stride=(2, 2)), Maker(torch.float64, CHANNELS_LAST))
     truth, w = ours(layer, t), t["w"]
-    for order in itertools.permutations(range(4)):
+    for order in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 0, 1)):
         back = [order.index(d) for d in range(4)]
         found = ours(layer, t | {"w": w.permute(order).contiguous().permute(back)})
         assert all(torch.equal(found[name], truth[name]) for name in truth), order
@@ -332,8 +333,14 @@ def test_results_do_not_rest_on_what_memory_held() -> None:
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
-        for layer in GEOMETRIES.values():
-            check(layer)
+        for name in (
+            "3x3",
+            "3x3/2",
+            "2x2/3: pixels that no output reads",
+            "1x1 maps: empty classes",
+        ):
+            check(GEOMETRIES[name])
+            check(replace(GEOMETRIES[name], prologue=False))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -385,12 +392,11 @@ def test_what_rounds_to_zero_masks_gradients() -> None:
     layer = Layer((2, 8, 4, 4), 6, residual=0, grad_a=False, training=False)
     t = inputs(layer, Maker(torch.float16, CHANNELS_LAST))
     up, *rest = operands(layer, t)
-    tiny, zeros = torch.full((6,), 1e-9), torch.zeros(6)
-    y = up.y.abs() + 1
-    masked = up._replace(y=y, mean=zeros, scale=tiny, bias=zeros)
+    ones, tiny = torch.ones(6), torch.full((6,), 1e-9)
+    masked = up._replace(y=torch.zeros_like(up.y), mean=0 * ones, scale=ones, bias=tiny)
     dy = dgrad(masked, *rest).dy
     assert dy is not None and not dy.any()
-    assert dgrad(masked._replace(bias=None, g=up.g * 0 + 60000), *rest).dy.any()
+    assert torch.equal(dgrad(masked._replace(bias=ones), *rest).dy, up.g)
     t["x"], t["x.running_mean"] = t["x"].abs() + 1, torch.zeros(8)
     t["x.weight"], t["x.bias"] = torch.full((8,), 1e-9), torch.zeros(8)
     found = ours(layer, t)
