@@ -44,6 +44,7 @@ SLOW = {
     ),
     "in_interpreter_spatial, fp32 and fp16": ("in_interpreter_spatial", "three_way"),
     "in_interpreter_merged, dtypes": ("in_interpreter_merged", "half or three_way"),
+    "in_interpreter_spatial_dgrad": ("in_interpreter_spatial_dgrad", ""),
     "test_fuzz": ("test_fuzz", "triton"),
     "test_conv_bn": ("test_conv_bn", f"{ELSE} and not (split and (float32 or float16))"),
     "test_conv_bn_plans": ("test_conv_bn_plans", "triton"),

@@ -206,8 +206,8 @@ def spatial_dgrad(
     joined = (vector if residual == 2 else None,) * 3
     source = Source(x, vector, vector, vector, r, *joined, True)
     up = Upstream(y, torch.stack([vector, vector]), y, vector, vector, vector, vector, True)
-    for up_, prologue in ((up, True), (up._replace(bias=None), False)):
-        _spatial_dgrad.dgrad(up_, source, a, a, weight, conv, True, prologue)
+    for up_, dy in ((up, None), (up._replace(bias=None), up.g)):
+        _spatial_dgrad.dgrad(up_, source, a, a, weight, conv, True, dy)
 
 
 def rare_spatial_dgrad(dtype: torch.dtype) -> None:

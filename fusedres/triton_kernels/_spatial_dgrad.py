@@ -42,7 +42,7 @@ def dgrad(
     weight = weight.contiguous(memory_format=torch.channels_last)
     place = _tap_of_every_output(x, y, weight, conv) if need_dy else (0, 0, 0)
     if dy is None and place is None:
-        dy = _bn_grad(up)
+        dy = dy_of(up)
     prologue = dy is None
     stores = prologue and need_dy
     g = up.g if dy is None else dy
@@ -62,9 +62,9 @@ def dgrad(
         g, y if prologue and (up.training or gmask) else None, *bn, weight, grad_a, a,
         x if norm else None, source.mean, source.scale,
         source.bias, source.residual, source.res_mean, source.res_scale, source.res_bias,
-        g_in, dy if stores else None, part,
-        x.size(0), rows(y), channels, outs, *x.shape[2:], *y.shape[2:],
-        *weight.shape[2:], conv.padding[0], conv.padding[2], tiles, *(place or (0, 0, 0)),
+        g_in, dy if stores else None, part, x.size(0), rows(y), channels, outs,
+        *x.shape[2:], *y.shape[2:], *weight.shape[2:], conv.padding[0], conv.padding[2], tiles,
+        *(place or (0, 0, 0)),
         *conv.stride, *conv.dilation, *_tap_steps(conv), prologue, gmask, up.training, stores,
         grad_a is not None, norm, mask, kind, tiles > 1, precision(x.dtype), acc(x.dtype),
         outs % config.BK == 0, config.BM, config.BN, config.BK,
@@ -74,11 +74,9 @@ def dgrad(
     return Dgrad(g_in, part, dy if need_dy else None)
 
 
-def _bn_grad(up: Upstream) -> Tensor:
+def dy_of(up: Upstream) -> Tensor:
     """dy, by the light pass."""
     own = (up.g, up.y, up.mean, up.scale, up.rstd, up.sums, up.training, None, None)
-    if up.bias is None:
-        return batch_norm_bwd(*own)[0]
     return batch_norm_bwd(*own, mask_bias=up.bias)[0]
 
 
