@@ -85,7 +85,8 @@ CASES = [
     Stem(affine=False),
     Stem((1, 4, 13, 22), 5, (3, 3), (1, 1), PAD1, (3, 2, 0)),  # one image, all 4 channels
     Stem((3, 1, 12, 9), 9, (5, 5), (3, 3), (2, 2, 2, 2), (2, 2, 0)),  # one channel
-    Stem((2, 3, 9, 8), 6, (2, 9), (1, 2), (0, 1, 4, 3), (3, 1, 1)),  # nothing is square or even
+    # nothing is square or even; a row of the window is two steps deep
+    Stem((2, 3, 9, 20), 6, (2, 17), (1, 2), (0, 1, 3, 2), (3, 1, 1)),
     Stem((2, 2, 5, 80), 6, (3, 3), (1, 1), PAD1),  # rows longer than a tile
     Stem((1, 3, 9, 9), 70, (3, 3), (1, 1), PAD1),  # several tiles of output channels
     Stem((3, 3, 6, 7), 4, (1, 1), (1, 1), (0, 0, 0, 0), (2, 3, 1)),  # pixels no window covers
@@ -151,8 +152,9 @@ def test_nan_and_inf_spread_as_in_torch(backend: str, plan: str, value: float) -
     theirs = dict(run(case.eager, poisoned()))
     assert not theirs["p"].isfinite().all() and theirs["p"].isfinite().any()
     for name in ("p", "gradient of w", "gradient of n.weight", "gradient of n.bias"):
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(kind(ours[name]), kind(theirs[name])), (name, kind)
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=name
+        )
 
 
 @pytest.mark.parametrize(("backend", "plan"), WAYS)

@@ -96,6 +96,7 @@ def conv_bn_stem_wgrad_kernel(
                 dy = gradients[p].to(y.dtype).to(ACC) * scale
                 if TRAINING:
                     dy += c0 + c1 * (y.to(ACC) - mean)
+                    # of no pixel: what is finite here may not be once rounded, and 0 times it
                     dy = tl.where(exists[:, None], dy, 0.0)
                 x = _patches(
                     x_ptr, image, oh, ow, HP, row_stride, taps_at, in_window, exists, SH, SW
