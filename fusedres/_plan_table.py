@@ -29,7 +29,8 @@ T = TypeVar("T")
 PATH = "plan_table.json"
 FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
-_KERNELS = {"fwd", "dgrad", "wgrad", "fwd_plain", "wgrad_plain", "bwd"}  # plain: no prologue
+_KERNELS = {"fwd", "dgrad", "wgrad", "bwd", "stem_wgrad"}
+_KERNELS |= {"fwd_plain", "wgrad_plain"}  # without a prologue
 _LIGHT_OPS = {"batch_norm", "bn_act", "bn_relu_maxpool", "add_relu"}
 _LIGHT_BACKENDS = {"cpp", "cuda", "triton"}
 _LIGHT = {"device", "dtype", "op", "bytes", "backend"}
@@ -201,21 +202,54 @@ def _light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | N
     )
 
 
+Plans = tuple[tuple[int, int | None, str], ...]
+
+
+@torch.compiler.assume_constant_result  # Dynamo can neither trace nor guard the entries
+def plans(
+    device: str,
+    dtype: torch.dtype,
+    in_channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+) -> Plans:
+    """(least rows, most rows or None, plan) of a convolution, the first that fits being the one."""
+    return _plans_of(device, dtype, Shape(in_channels, out_channels, kernel, stride))
+
+
+@remembered
+def _plans_of(device: str, dtype: torch.dtype, shape: Shape) -> Plans:
+    return tuple(
+        (*entry.get("rows", (0, None)), entry["plan"])
+        for entry in entries()
+        if "plan" in entry and _is_about(entry, device, dtype, shape)
+    )
+
+
+def fits(rows: int | None, least: int, most: int | None) -> bool:
+    """Whether so many rows lie within; None: not known yet, taken as large."""
+    return most is None if rows is None else least <= rows and (most is None or rows <= most)
+
+
+def _is_about(entry: dict[str, Any], device: str, dtype: torch.dtype, shape: Shape) -> bool:
+    return (
+        "op" not in entry
+        and (entry["device"], entry["dtype"]) == (device, str(dtype).removeprefix("torch."))
+        and (entry["in_channels"], entry["out_channels"]) == shape[:2]
+        and (tuple(entry["kernel"]), tuple(entry["stride"])) == shape[2:4]
+    )
+
+
 @remembered
 def lookup(device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any] | None:
     """What the entries say of such a convolution on the device of this name, the first of them
     first: one may hold its plan, another its configurations.
     """
     found: dict[str, Any] = {}
-    for entry in (e for e in entries() if "op" not in e):
-        least, most = entry.get("rows", (0, None))
-        rows = shape.rows
-        fits = most is None if rows is None else least <= rows and (most is None or rows <= most)
-        if (
-            fits
-            and (entry["device"], entry["dtype"]) == (device, str(dtype).removeprefix("torch."))
-            and (entry["in_channels"], entry["out_channels"]) == shape[:2]
-            and (tuple(entry["kernel"]), tuple(entry["stride"])) == shape[2:4]
+    for entry in entries():
+        if _is_about(entry, device, dtype, shape) and fits(
+            shape.rows, *entry.get("rows", (0, None))
         ):
             found = entry | found
     return found or None

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fusedres import _plan_table
 from fusedres._conv import Conv
-from fusedres._plan_table import Shape
 from fusedres._plans import DATAFLOWS, base_of, is_plan
 from fusedres._tensors import INTERPRETED, conv_allows_tf32
 
@@ -287,9 +286,13 @@ def plan_of(
     pointwise = conv.is_pointwise(kernel)
     if choice.plan == "auto":
         rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
-        shape = Shape(weight.size(1), weight.size(0), kernel, conv.stride, rows)
-        entry = _plan_table.lookup(_plan_table.device_name(weight.device), dtype, shape) or {}
-        plan = entry.get("plan") or _likely_plan(dtype, pointwise)
+        name, channels = _plan_table.device_name(weight.device), (weight.size(1), weight.size(0))
+        plan = _likely_plan(dtype, pointwise)
+        for least, most, measured in reversed(
+            _plan_table.plans(name, dtype, *channels, kernel, conv.stride)
+        ):
+            if _plan_table.fits(rows, least, most):
+                plan = measured
     elif choice.plan in DATAFLOWS:
         flow = DATAFLOWS[choice.plan]
         plan = flow.pointwise if pointwise else flow.spatial
@@ -311,8 +314,10 @@ def light_backend(
     if choice.light in ("", "reference"):
         return choice.backend
     for least, most, name in _plan_table.light(_plan_table.device_name(device), op, dtype):
-        fits = most is None if size is None else least <= size and (most is None or size <= most)
-        if fits and unavailable(name, op, device.type, dtype) is None:
+        if (
+            _plan_table.fits(size, least, most)
+            and unavailable(name, op, device.type, dtype) is None
+        ):
             return name
     return choice.light
 

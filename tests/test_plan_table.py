@@ -32,13 +32,11 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     def put(*entries: dict[str, Any]) -> None:
         monkeypatch.setattr(_plan_table, "entries", lambda: list(entries))
-        lookup.cache_clear()
-        _plan_table._light.cache_clear()
+        _plan_table.reload()
 
     yield put
     monkeypatch.undo()
-    lookup.cache_clear()
-    _plan_table._light.cache_clear()
+    _plan_table.reload()
 
 
 def plan(dtype: torch.dtype = torch.bfloat16, rows: int | None = None, **changes: Any) -> str:
