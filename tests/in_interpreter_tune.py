@@ -42,7 +42,7 @@ RESULTS = {
     "conv_bn_wgrad_kernel": "part_ptr",
 }
 KERNELS = {"fwd", "dgrad", "wgrad"}
-FULL = {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 1}
+FULL = {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 1, "programs": 0}
 
 
 class Watch:
@@ -102,6 +102,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     for module in (convolutions, measure, sweep, tune):
         monkeypatch.setattr(module, "own_backends", lambda *_: ["triton"])
     monkeypatch.setattr(light, "own_backends", lambda *_: [])
+    monkeypatch.setattr(convolutions, "_with_options", lambda _: [])
     monkeypatch.setattr(tune, "sites_of", sites)
     monkeypatch.setattr(tune, "prepare", lambda _: None)
     monkeypatch.setattr(tune, "setting_for", lambda *_: SETTING)

@@ -166,7 +166,7 @@ class ConvBNFunction(torch.autograd.Function):
         x, x_mean, _, _, _, res_mean, _, _ = source
         own = (y, mean, scale, bias)
         g, sums, y_bias = _gradient(g, unmasked, sums, own, config.backend)
-        grad_a = _of_emitted(grad_a, sampled, x, config)
+        grad_a = _of_emitted(grad_a, sampled, x, memory_format_of(y), config)
         needs = ctx.needs_input_grad
         need_input, need_weight = any(needs[i] for i in (0, 5, 10, 11)), needs[12]
         g_in = in_sums = res_sums = dw = None
@@ -242,16 +242,20 @@ def _gradient(
 
 
 def _of_emitted(
-    grad_a: Tensor | None, sampled: Tensor | None, x: Tensor, config: _Config
+    grad_a: Tensor | None,
+    sampled: Tensor | None,
+    x: Tensor,
+    memory_format: torch.memory_format,  # y's, whose strides Dynamo knows; it does not know x's
+    config: _Config,
 ) -> Tensor | None:
     """The gradient of what was emitted: of every pixel, or of those that were sampled."""
     if sampled is not None:
-        sampled = contract.dense(sampled, memory_format_of(x))
+        sampled = contract.dense(sampled, memory_format)
         if grad_a is None and config.conv.stride == (1, 1) and base_of(config.plan) == "fused":
             return sampled
         spread = split.spread(sampled, x)
         grad_a = spread if grad_a is None else grad_a + spread
-    return None if grad_a is None else contract.dense(grad_a, memory_format_of(x))
+    return None if grad_a is None else contract.dense(grad_a, memory_format)
 
 
 # --- the public function --------------------------------------------------------------------------

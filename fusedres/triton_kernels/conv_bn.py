@@ -51,7 +51,8 @@ def conv_bn_fwd(
     _check(op, source, weight, conv)
     x, out = source.x, output_shape(source.x.shape, weight.shape, conv)
     launches = _launches(source, weight, conv)
-    if emit and (source.mean is None or conv.stride != (1, 1) or launches is not _pointwise):
+    pointwise = conv.is_pointwise((weight.size(2), weight.size(3)))
+    if emit and (source.mean is None or conv.stride != (1, 1) or not pointwise):
         raise ValueError(
             f"{op}: emit needs a Deferred, a 1x1 kernel, stride 1 and no padding, got kernel "
             f"{list(weight.shape[2:])} and {conv}"
@@ -97,7 +98,8 @@ def conv_bn_bwd(
     if merged and _merged.serves(source.x, weight, conv, source):
         found, dw_part = _merged.bwd(up, source, a, grad_a, weight.contiguous(), conv)
     elif need_input:
-        more = {"bits": bits, "compact": plan.compact} if launches is _pointwise else {}
+        pointwise = conv.is_pointwise((weight.size(2), weight.size(3)))
+        more = {"bits": bits, "compact": plan.compact} if pointwise else {}
         found = launches.dgrad(up, source, a, grad_a, weight, conv, need_weight, **more)
     if need_weight and dw_part is None:
         dy = None if found is None else found.dy
