@@ -19,38 +19,34 @@ from fusedres import use_backend, use_plan
 from fusedres._conv import Conv, Source, Upstream
 from fusedres._tensors import INTERPRETED, stat_dtype
 from fusedres.testing import CHANNELS_LAST, FLOOR, Maker, check_case, run
-from fusedres.triton_kernels import _configs, _gemm, _launch, _merged, _pointwise, conv_bn
+from fusedres.triton_kernels import _configs, _gemm, _launch, _merged, _pointwise
 
 assert INTERPRETED, "run by test_triton.py"
 CONV = Conv((1, 1), (0, 0, 0, 0), (1, 1), 1)
 
 
+PLAN = "fused+merged"
+
+
 class Merged:
-    """What conv_bn asks of a module of launches; dgrad brings wgrad's result with it."""
+    """How often the kernel was asked for."""
 
-    fwd = staticmethod(_pointwise.fwd)
-
-    def __init__(self) -> None:
-        self.dw_part: Tensor | None = None
-        self.calls = 0
-
-    def dgrad(self, up: Any, source: Any, a: Any, grad_a: Any, weight: Any, conv: Any, dw: bool):
-        found, self.dw_part = _merged.bwd(up, source, a, grad_a, weight, conv)
-        assert found.dy is None
-        self.calls += 1
-        return found._replace(dy=up.y) if dw else found  # in the place of dy: it is wanted
-
-    def wgrad(self, *_: Any) -> Tensor:
-        assert self.dw_part is not None
-        return self.dw_part
+    calls = 0
 
 
 @pytest.fixture
 def merged(monkeypatch: pytest.MonkeyPatch) -> Merged:
-    """The fused plan, with its backward in one kernel."""
-    launches = Merged()
-    monkeypatch.setattr(conv_bn, "_launches", lambda *_: launches)
-    return launches
+    """Counts the calls."""
+    counted, bwd = Merged(), _merged.bwd
+
+    def counting(*args: Any) -> Any:
+        counted.calls += 1
+        found, dw_part = bwd(*args)
+        assert found.dy is None
+        return found, dw_part
+
+    monkeypatch.setattr(_merged, "bwd", counting)
+    return counted
 
 
 class Operands:
@@ -208,7 +204,7 @@ CHAINS = [
 @pytest.mark.parametrize("chain", CHAINS, ids=str)
 def test_equals_autograd(chain: Chain, merged: Merged) -> None:
     """fp64, to 1e-10."""
-    check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+    check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan=PLAN)
     assert merged.calls
 
 
@@ -221,14 +217,14 @@ def test_three_way(source: str, emit: bool, dtype: torch.dtype, merged: Merged) 
     if dtype == torch.float16:
         chain = replace(chain, relu=False, out_relu=False)
     torch.backends.cudnn.allow_tf32 = False
-    check_case(chain, "triton", dtype, CHANNELS_LAST, plan="fused")
+    check_case(chain, "triton", dtype, CHANNELS_LAST, plan=PLAN)
     assert merged.calls
 
 
 @pytest.mark.parametrize("source", ["none", "deferred_residual"])
 def test_masks_of_half_types(source: str, merged: Merged) -> None:
     chain = Chain(source, (16, 8, 17, 17), 8, emit=True)  # large: flips average out
-    check_case(chain, "triton", torch.float16, CHANNELS_LAST, trim=0.01, plan="fused")
+    check_case(chain, "triton", torch.float16, CHANNELS_LAST, trim=0.01, plan=PLAN)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -312,7 +308,7 @@ def test_nan_and_inf_spread_as_in_torch(where: str, value: float, merged: Merged
         return dict(run(outputs, t))
 
     torch.backends.cudnn.allow_tf32 = False
-    with use_backend("triton"), use_plan("fused"):
+    with use_backend("triton"), use_plan(PLAN):
         ours = poisoned(chain.ours)
     theirs = poisoned(chain.eager)
     for name, true in theirs.items():
@@ -358,7 +354,7 @@ def test_results_do_not_rest_on_what_memory_held(merged: Merged) -> None:
     try:
         for source in SOURCES:
             chain = Chain(source, (2, 5, 6, 7), 3, emit=True)
-            check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan="fused")
+            check_case(chain, "triton", torch.float64, CHANNELS_LAST, plan=PLAN)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -373,7 +369,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
 def test_empty_batch(merged: Merged) -> None:
     chain = Chain("deferred_residual", (0, 8, 5, 5), emit=True)
     t = chain.inputs(Maker(torch.float32))
-    with use_backend("triton"), use_plan("fused"):
+    with use_backend("triton"), use_plan(PLAN):
         sum(out.sum() for out in chain.ours(t).values()).backward()  # type: ignore[union-attr]
     assert merged.calls
     for name, x in t.items():
