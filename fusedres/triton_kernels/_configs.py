@@ -91,14 +91,14 @@ def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> 
     """What is taken where nothing was measured."""
     if kernel == "bwd":
         return _merged_rule(itemsize, shape, residual, arch)
-    if shape.kernel != (1, 1) and kernel == "dgrad":
-        return _spatial_dgrad_rule(itemsize, shape, residual, arch)
     if shape.kernel != (1, 1):
+        if kernel == "dgrad":
+            return _spatial_dgrad_rule(itemsize, shape, residual, arch)
+        if shape.in_channels <= STEM_CHANNELS and not kernel.endswith("_plain"):
+            return _stem_rule(kernel, itemsize, shape.out_channels, arch)
         return _spatial_rule(kernel, itemsize, shape, residual, arch)
     kernel = kernel.removesuffix("_plain")  # a padded 1x1 convolution's
     channels = (shape.in_channels, shape.out_channels)
-    if kernel == "stem_wgrad" or (shape.in_channels <= STEM_CHANNELS and shape.kernel != (1, 1)):
-        return _stem_rule(kernel, itemsize, shape.out_channels, arch)
     return _pointwise_rule(kernel, itemsize, *channels, residual, arch)
 
 
@@ -130,6 +130,8 @@ def _pointwise_rule(
         wide = in_channels > 64 and residual < 2
         return Config(64, 128, 64, 4, 2) if wide else Config(64, 64, 64, 4, 2)
     wide = in_channels > 64 and not residual and wgmma
+    if arch >= 120:  # three stages spill
+        return Config(64, 64, 64, 4, 2)
     return Config(64, 128, 64, 4, 3) if wide else Config(64, 64, 64, 4, 3)
 
 

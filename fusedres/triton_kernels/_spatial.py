@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedres._conv import Conv, Source
+from fusedres._conv import STEM_CHANNELS, Conv, Source
 from fusedres.triton_kernels._args import acc, rows, vectors
 from fusedres.triton_kernels._configs import Config
 from fusedres.triton_kernels._gemm import (
@@ -41,7 +41,7 @@ def fwd(
     assert a is None
     x, outs, channels, m = source.x, weight.size(0), source.x.size(1), rows(y)
     norm, residual = source.mean is not None, residual_kind(source)
-    config = config_for("fwd" if norm else "fwd_plain", x, weight, conv, m, residual)
+    config = config_for(_named("fwd", source), x, weight, conv, m, residual)
     tiles, parts = chunks(m, config, x.device)
     part = vectors(y, parts, 2) if stats else None
     launch(
@@ -68,7 +68,7 @@ def wgrad(
     """Partial dw [splits, K, R, S, C]."""
     x, channels, outs, m = source.x, source.x.size(1), weight.size(0), rows(dy)
     norm, residual = source.mean is not None, residual_kind(source)
-    config = config_for("wgrad" if norm else "wgrad_plain", x, weight, conv, m, residual)
+    config = config_for(_named("wgrad", source), x, weight, conv, m, residual)
     r, s = weight.size(2), weight.size(3)
     programs = triton.cdiv(outs, config.BK) * triton.cdiv(channels, config.BN) * r * s
     tiles, parts = splits(m, config, programs, x.device)
@@ -86,6 +86,12 @@ def wgrad(
         num_stages=config.num_stages,
     )  # fmt: skip
     return part
+
+
+def _named(kernel: str, source: Source) -> str:
+    """As _configs knows it; with so few channels the plain name is another kernel's, an image's."""
+    few = source.x.size(1) <= STEM_CHANNELS
+    return f"{kernel}_plain" if source.mean is None or few else kernel
 
 
 def krsc(weight: Tensor) -> Tensor:
