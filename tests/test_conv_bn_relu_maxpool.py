@@ -33,7 +33,7 @@ from fusedres.testing import (
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
-WAYS = [(b, plan) for b in BACKENDS for plan in registry.BACKENDS[b].plans]
+WAYS = [(b, p) for b in BACKENDS for p in ("fused", "split") if p in registry.BACKENDS[b].plans]
 PROTOCOL_WAYS = [(b, plan) for b, plan in WAYS if b != "reference"]
 SERVED = [(b, p, d) for b, p in WAYS for d in DTYPES if serves(b, "conv_bn_relu_maxpool", d)]
 
@@ -209,7 +209,7 @@ def test_empty_batch(backend: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
-def test_saves_the_image_and_y_alone(backend: str, plan: str) -> None:
+def test_saves_the_image_y_and_the_winners(backend: str, plan: str) -> None:
     case = Stem()
     t = case.inputs(Maker(torch.float32, CHANNELS_LAST))
     saved: list[Tensor] = []
@@ -221,7 +221,9 @@ def test_saves_the_image_and_y_alone(backend: str, plan: str) -> None:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with use_backend(backend), use_plan(plan), hooks:
         p = case.ours(t)["p"]
-    large = [s for s in saved if s.dim() == 4]
+    winners = [s for s in saved if s.dtype == torch.uint8]
+    assert [s.shape for s in winners] == [p.shape] * (backend == "triton")
+    large = [s for s in saved if s.dim() == 4 and s.dtype != torch.uint8]
     y = F.conv2d(t["x"], t["w"], None, 2, 3)
     assert {s.data_ptr() for s in large} >= {t["x"].data_ptr(), t["w"].data_ptr()}
     assert sorted(tuple(s.shape) for s in large) == sorted(
