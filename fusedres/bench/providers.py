@@ -7,8 +7,8 @@ A name says whose model it is and how it is run:
   them; "eager-nchw" is the same in torch's default memory format;
 - "torchvision", "timm": theirs, where they are installed, else as "eager";
 - "fusedres-auto", "fusedres-cpp", "fusedres-cuda", "fusedres-triton", "fusedres-reference": ours by
-  that backend; "fusedres-triton-split", "fusedres-triton-fused" by that plan; "fusedres" by what is
-  in force where it runs;
+  that backend; "fusedres-triton-split", "fusedres-triton-masks" by that plan or dataflow;
+  "fusedres" by what is in force where it runs;
 - a suffix says how: "-graph" in a CUDA graph; "-compile" by torch.compile, "-compile-graph" in its
   mode reduce-overhead, "-compile-max" in max-autotune, "-compile-max-nograph" in
   max-autotune-no-cudagraphs, "-compile-freeze" with weights frozen (inference). Of "eager" the
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fusedres import backends
+from fusedres._plans import is_plan
 from fusedres._tensors import autocast
 from fusedres.bench.harness import captured
 from fusedres.bench.measure import name_of, own_backends
@@ -119,7 +120,8 @@ class Way:
             self.model, (self.backend, *plan) = "fusedres", head.split("-")[1:]
             self.plan = plan[0] if plan else "auto"
             self.name = f"fusedres-{self.backend}" + (f"-{self.mode}" if self.mode else "")
-            known = self.backend in backends.NAMES and self.plan in backends.PLANS
+            named = self.plan in backends.PLANS or is_plan(self.plan)
+            known = self.backend in backends.NAMES and named
             if known and len(plan) < 2:
                 return
         elif self.model in PLAIN:
