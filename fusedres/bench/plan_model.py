@@ -52,6 +52,8 @@ DEVICES = {
     # a copy and a product as measured; the data sheet has 4.8 TB/s and 989 TFLOP/s. L2 and SMs:
     # NVIDIA's H100 architecture white paper, whose chip it is
     "NVIDIA H200": Device(4.3e12, 790e12, 50e6, 132),
+    # NVIDIA H100 data sheet: 3.35 TB/s; the chip is the same
+    "NVIDIA H100 80GB HBM3": Device(_COPY * 3.35e12, 790e12, 50e6, 132),
     # NVIDIA A100 data sheet: 2,039 GB/s (80 GB) and 1,555 GB/s (40 GB), 312 TFLOP/s; L2 and SMs:
     # NVIDIA's A100 architecture white paper
     "NVIDIA A100-SXM4-80GB": Device(_COPY * 2.039e12, _PRODUCT * 312e12, 40e6, 108),
