@@ -140,6 +140,8 @@ def test_an_entry_decides_where_it_fits(table: Callable[..., None]) -> None:
     assert plan(asked="fused") == "fused"  # by name, whatever the table says
     table(ENTRY | {"plan": "split", "device": "NVIDIA H200"})
     assert plan() == "fused"
+    table(ENTRY | {"plan": "fused+masks"}, ENTRY | {"plan": "split"})
+    assert plan() == "fused+masks"  # the first that fits
 
 
 def test_rows_bound_an_entry_and_unknown_ones_count_as_many(table: Callable[..., None]) -> None:
