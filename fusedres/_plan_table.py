@@ -154,6 +154,9 @@ def check(entry: dict[str, Any]) -> None:
     if "plan" in entry and not is_plan(entry["plan"]):
         raise ValueError(f"{PATH}: plan must be as in _plans, got {entry['plan']!r}")
     configs = entry.get("configs", {})
+    values = (c.get(side, 16) for c in configs.values() for side in ("BM", "BN", "BK"))
+    if any(not isinstance(v, int) or v < 16 or v & (v - 1) for v in values):
+        raise ValueError(f"{PATH}: BM, BN and BK must be powers of two from 16 on, got {configs!r}")
     if not set(configs) <= _KERNELS or any(
         set(c) - {"programs"} != _FIELDS for c in configs.values()
     ):
@@ -202,28 +205,39 @@ def _light(device: str, op: str, dtype: torch.dtype) -> tuple[tuple[int, int | N
     )
 
 
-Plans = tuple[tuple[int, int | None, str], ...]
+class Planned(NamedTuple):
+    """What an entry says of a convolution's plan."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    least: int  # rows
+    most: int | None
+    plan: str
 
 
 @torch.compiler.assume_constant_result  # Dynamo can neither trace nor guard the entries
-def plans(
-    device: str,
-    dtype: torch.dtype,
-    in_channels: int,
-    out_channels: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-) -> Plans:
-    """(least rows, most rows or None, plan) of a convolution, the first that fits being the one."""
-    return _plans_of(device, dtype, Shape(in_channels, out_channels, kernel, stride))
+def plans(device: str, dtype: torch.dtype) -> tuple[Planned, ...]:
+    """All plans for a device and dtype, of which the first that fits is the one."""
+    return _plans(device, dtype)
 
 
 @remembered
-def _plans_of(device: str, dtype: torch.dtype, shape: Shape) -> Plans:
+def _plans(device: str, dtype: torch.dtype) -> tuple[Planned, ...]:
     return tuple(
-        (*entry.get("rows", (0, None)), entry["plan"])
+        Planned(
+            entry["in_channels"],
+            entry["out_channels"],
+            tuple(entry["kernel"]),
+            tuple(entry["stride"]),
+            entry.get("rows", (0, None))[0],
+            entry.get("rows", (0, None))[1],
+            entry["plan"],
+        )
         for entry in entries()
-        if "plan" in entry and _is_about(entry, device, dtype, shape)
+        if "plan" in entry
+        and (entry["device"], entry["dtype"]) == (device, str(dtype).removeprefix("torch."))
     )
 
 

@@ -7,13 +7,14 @@ A plan is written as a word and what is added to it:
 - "fused": one kernel with prologue and epilogue forward, dgrad and wgrad likewise.
     "+masks": what emits keeps ReLU's mask in bits, which dgrad reads in place of the activation.
     "+merged": dgrad and wgrad are one kernel where dw fits on the chip.
-    "+compact": dgrad of a strided 1x1 gives the gradient of the pixels it reads and no others.
 - "epilogue": on a materialised activation; statistics in the epilogue forward, mask and sums in
   that of dgrad; wgrad is the library's.
 - "split": light passes around the library's convolutions.
-    "+unmasked": the gradient goes back as dgrad left it, and who reads it masks it.
 "epilogue" and "split" may have
     "+keep": the materialised activation is kept for wgrad, not made again.
+Ops add, where the reader of a gradient takes it so,
+    "+compact": dgrad of a strided 1x1 gives the gradient of the pixels it reads and no others;
+    "+unmasked": the gradient goes back as the library's dgrad left it, and who reads it masks it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def _parsed(text: str) -> Plan:
     base, *options = text.split("+")
     known = _OPTIONS.get(base, ())
     if not known or len(set(options)) < len(options) or not set(options) <= set(known):
-        plans = "; ".join(f"{name!r} and {', '.join(o)}" for name, o in _OPTIONS.items())
+        asked = {
+            n: [o for o in options if o not in ("compact", "unmasked")]
+            for n, options in _OPTIONS.items()
+        }
+        plans = "; ".join(f"{name!r} and {', '.join(found)}" for name, found in asked.items())
         raise ValueError(f"plan: got {text!r}, accepted: {plans}, joined by '+'")
     return Plan(base, **dict.fromkeys(options, True))
 
@@ -79,11 +84,14 @@ def without(plan: str, option: str) -> str:
 
 
 def is_plan(text: object) -> bool:
-    """Whether a plan is written so."""
+    """Whether a plan is written so that may be asked for, by a person or a table: what becomes of
+    gradients is nobody's choice but that of who reads.
+    """
     try:
-        return isinstance(text, str) and bool(Plan.of(text))
+        plan = Plan.of(text) if isinstance(text, str) else None
     except ValueError:
         return False
+    return plan is not None and not (plan.compact or plan.unmasked)
 
 
 @dataclass(frozen=True)

@@ -284,22 +284,24 @@ def plan_of(
     """
     kernel = (weight.size(2), weight.size(3))
     pointwise = conv.is_pointwise(kernel)
+    fusable = "fused" in BACKENDS[choice.backend].plans and conv.has_fused_kernel(kernel)
     if choice.plan == "auto":
+        if not fusable:
+            return "split"
         rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
-        name, channels = _plan_table.device_name(weight.device), (weight.size(1), weight.size(0))
-        plan = _likely_plan(dtype, pointwise)
-        for least, most, measured in reversed(
-            _plan_table.plans(name, dtype, *channels, kernel, conv.stride)
-        ):
-            if _plan_table.fits(rows, least, most):
-                plan = measured
-    elif choice.plan in DATAFLOWS:
+        for known in _plan_table.plans(_plan_table.device_name(weight.device), dtype):
+            if weight.size(1) != known.in_channels or weight.size(0) != known.out_channels:
+                continue
+            same = kernel == known.kernel and conv.stride == known.stride
+            if same and _plan_table.fits(rows, known.least, known.most):
+                return known.plan
+        return _likely_plan(dtype, pointwise)
+    if choice.plan in DATAFLOWS:
         flow = DATAFLOWS[choice.plan]
         plan = flow.pointwise if pointwise else flow.spatial
     else:
         plan = choice.plan
-    serves = base_of(plan) in BACKENDS[choice.backend].plans and conv.has_fused_kernel(kernel)
-    return plan if serves or base_of(plan) == "split" else "split"
+    return plan if fusable or base_of(plan) == "split" else "split"
 
 
 def samples_shortcuts(choice: Choice) -> bool:

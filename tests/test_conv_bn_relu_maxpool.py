@@ -209,6 +209,23 @@ def test_empty_batch(backend: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
+def test_inference_finds_no_winners(
+    backend: str, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    op = torch.ops.fusedres.conv_bn_relu_maxpool_fwd
+    monkeypatch.setattr(
+        torch.ops.fusedres, "conv_bn_relu_maxpool_fwd", lambda *a: asked.append(a[-3]) or op(*a)
+    )
+    t = Stem().inputs(Maker(torch.float32, CHANNELS_LAST))
+    with use_backend(backend), use_plan(plan):
+        Stem().ours(t)
+        with torch.no_grad():
+            Stem().ours(t)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
 def test_saves_the_image_y_and_the_winners(backend: str, plan: str) -> None:
     case = Stem()
     t = case.inputs(Maker(torch.float32, CHANNELS_LAST))

@@ -499,7 +499,9 @@ def conv_bn(
             backend, plan = backends.way_of(choice, dtype, weight, conv, shape)
             carriers, plan = _carriers(input, source, emit, backend, plan)
             tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
-            maskable = relu and residual is None and backend in _MASKING
+            # Dynamo makes zeros of the gradients that do not come: masks and sums of nothing
+            carriers_pay = backend in _MASKING and not torch.compiler.is_compiling()
+            maskable = relu and residual is None and carriers_pay
             config = _Config(
                 isinstance(input, Deferred) and input.relu, emit, sampled, maskable, conv,
                 bn.training, bn.momentum, bn.eps, backend, plan, packed_weights(),
@@ -529,14 +531,22 @@ def _carriers(
     if plain:  # kept beside what is emitted, or with a residual, it would be read as that
         return (None, None), without(plan, "keep")
     assert isinstance(input, Deferred)
-    hands_over = base_of(plan) == "split" and backend in _MASKING
-    if hands_over and input.relu and input.unmasked is not None:
-        return (input.unmasked, None), f"{plan}+unmasked"
+    carrier = input.unmasked
+    of_one_node = carrier is not None and carrier.grad_fn is input.y.grad_fn  # y was not replaced
+    if of_one_node and input.relu and base_of(plan) == "split" and backend in _MASKING:
+        return (carrier, None), f"{plan}+unmasked"
     return (None, None), plan
 
 
 def _check_sampled(op: str, sampled: Sampled, weight: Tensor, conv: Conv) -> None:
     """What takes a Sampled reads just the pixels that its gradient is there for."""
+    n, channels, *sizes = sampled.value.shape
+    sizes = [-(-size // step) for size, step in zip(sizes, sampled.stride, strict=True)]
+    if list(sampled.carrier.shape) != [n, channels, *sizes]:
+        raise ValueError(
+            f"{op}: input.carrier must have shape {[n, channels, *sizes]}, got "
+            f"{list(sampled.carrier.shape)}"
+        )
     pointwise = tuple(weight.shape[2:]) == (1, 1) and not any(conv.padding) and conv.groups == 1
     if not pointwise or conv.stride != sampled.stride:
         raise ValueError(

@@ -170,6 +170,7 @@ class _Config(NamedTuple):
     eps: float
     backend: str
     plan: str
+    backward: bool  # whether there may be one
     packed: PackedWeights | None
 
 
@@ -206,7 +207,7 @@ class ConvBNReluMaxpoolFunction(torch.autograd.Function):
             config.training,
             *momentum_arguments(config.momentum),
             config.eps,
-            any(ctx.needs_input_grad),
+            config.backward and any(ctx.needs_input_grad),
             config.backend,
             config.plan,
         )
@@ -344,7 +345,16 @@ def conv_bn_relu_maxpool(
             return p
         size = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
         way = stem_way(choice, dtype, weight, conv, size)
-        config = _Config(conv, window, bn.training, bn.momentum, bn.eps, *way, packed_weights())
+        config = _Config(
+            conv,
+            window,
+            bn.training,
+            bn.momentum,
+            bn.eps,
+            *way,
+            torch.is_grad_enabled(),
+            packed_weights(),
+        )
         return ConvBNReluMaxpoolFunction.apply(
             own, weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, config
         )

@@ -183,7 +183,7 @@ def _stem_rule(kernel: str, itemsize: int, out_channels: int, arch: int) -> Conf
     if itemsize == 8:
         return Config(32, 32, 32, 4, 1)
     if kernel == "fwd":
-        return Config(128, 64, 32, 4, 1 if arch == HIP else 4)
+        return Config(128, 64, 32, 4, 1 if arch == HIP else 2 if itemsize == 4 else 4)
     if out_channels % 8:  # element by element
         return Config(16, 64, 32, 4, 1)
     if itemsize == 4 or arch == HIP:

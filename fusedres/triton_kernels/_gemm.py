@@ -57,19 +57,10 @@ def sampling(grad: Tensor, x: Tensor) -> tuple[int, int]:
 def all_ones(device: torch.device) -> Tensor:
     """[1] int32 with all bits set: what kernels load where an element is to be kept, and zeros
     elsewhere. A mask that is loaded, not computed, lets Triton feed tensor cores from registers.
+
+    Made anew each time: kept, it could lie in the memory of a CUDA graph.
     """
-    found = _all_ones.get(device)
-    if found is None:
-        found = torch.full((1,), -1, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return found  # the graph's own, filled when it runs
-            torch.cuda.current_stream(device).synchronize()  # other streams will read it
-        _all_ones[device] = found
-    return found
-
-
-_all_ones: dict[torch.device, Tensor] = {}
+    return torch.full((1,), -1, dtype=torch.int32, device=device)
 
 
 def chunks(m: int, config: Config, device: torch.device, across: int = 1) -> tuple[int, int]:

@@ -74,10 +74,10 @@ def dgrad(
     config = config_for("dgrad", x, weight, conv, m, kind)
     across = triton.cdiv(channels, config.BN)
     tiles, parts = chunks(m, config, x.device, across)
-    g_in, dy = like(x), like(y) if need_dy else None
+    dy = like(y) if need_dy else None
     if compact:  # as a convolution of stride 1 of those pixels
         x, conv = x[:, :, :: conv.stride[0], :: conv.stride[1]], conv._replace(stride=(1, 1))
-        g_in = like(x)
+    g_in = like(x)
     part = empty(x, parts, 3 if kind == 2 else 2, channels) if norm else None
     launch(
         conv_bn_dgrad_kernel,

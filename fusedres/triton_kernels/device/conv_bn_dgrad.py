@@ -59,7 +59,7 @@ def conv_bn_dgrad_kernel(
     tiles,
     SH: tl.constexpr,
     SW: tl.constexpr,
-    TRAINING: tl.constexpr,  # else c0 = c1 = 0, and y is not read
+    TRAINING: tl.constexpr,  # else c0 = c1 = 0, and y is read for G_MASK alone
     G_MASK: tl.constexpr,  # g is still to be masked, by y
     DY: tl.constexpr,
     GRAD_A: tl.constexpr,
