@@ -247,6 +247,11 @@ def test_malformed_entries_are_named(changes: dict[str, Any], message: str) -> N
         _plan_table.check(ENTRY | changes)
     with pytest.raises(ValueError, match="an entry has"):
         _plan_table.check({k: v for k, v in ENTRY.items() if k != "kernel"})
+    config = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+    _plan_table.check(ENTRY | {"configs": {"bwd": config | {"programs": 2}}})
+    for wrong in ({"BM": 48}, {"BK": 8}, {"BN": 64.0}):  # no block of a kernel's
+        with pytest.raises(ValueError, match="powers of two from 16 on"):
+            _plan_table.check(ENTRY | {"configs": {"fwd": config | wrong}})
     for source in _plan_table.SOURCES:
         _plan_table.check(ENTRY | {"plan": "split", "source": source})
     light = LIGHT | {"bytes": [0, None], "backend": "cuda"}
