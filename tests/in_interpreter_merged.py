@@ -100,7 +100,7 @@ class Operands:
     def two(self) -> dict[str, Tensor]:
         """By dgrad and wgrad."""
         found = _pointwise.dgrad(*self.arguments(), True)
-        left = self.source if self.a is None else Source(self.a, *(None,) * 7, False)
+        left = self.source if self.a is None else Source.plain(self.a)
         assert found.dy is not None
         return self._results(found, _pointwise.wgrad(left, found.dy, self.weight, CONV))
 
@@ -393,7 +393,7 @@ def half(channels: int, outs: int, dtype: torch.dtype = torch.bfloat16) -> tuple
 
 def test_serves_by_shape_dtype_and_gpu() -> None:
     def serves(x: Tensor, weight: Tensor, conv: Conv = CONV) -> bool:
-        return _merged.serves(x, weight, conv, Source(x, *(None,) * 7, False))
+        return _merged.serves(x, weight, conv, Source.plain(x))
 
     with dry():
         for shape, wanted in SHAPES.items():

@@ -143,7 +143,7 @@ def stem_step(batch: int, size: int) -> None:
     dy = torch.empty(batch, 64, size // 2, size // 2, dtype=torch.bfloat16)
     dy = dy.to(memory_format=torch.channels_last)
     conv = Conv((2, 2), (3, 3, 3, 3), (1, 1), 1)
-    _stem.wgrad(Source(x, *(None,) * 7, False), dy, weight.detach(), conv)
+    _stem.wgrad(Source.plain(x), dy, weight.detach(), conv)
 
 
 def rare_variants(dtype: torch.dtype) -> None:

@@ -20,8 +20,8 @@ from fusedres.triton_kernels import _merged, _pointwise, _spatial, _stem
 from fusedres.triton_kernels._args import acc, check, like, rows
 from fusedres.triton_kernels._gemm import Dgrad, empty, residual_kind
 from fusedres.triton_kernels._launch import launch
+from fusedres.triton_kernels._spatial_dgrad import dy_of
 from fusedres.triton_kernels.batch_norm import (
-    batch_norm_bwd,
     batch_norm_fwd,
     finish_statistics,
 )
@@ -104,12 +104,12 @@ def conv_bn_bwd(
     if need_weight and dw_part is None:
         dy = None if found is None else found.dy
         if dy is None:
-            own = (up.g, up.y, up.mean, up.scale, up.rstd, up.sums, up.training)
-            dy, *_ = batch_norm_bwd(*own, None, None, mask_bias=up.bias)
+            dy = dy_of(up)
         dw_part = launches.wgrad(source if a is None else Source.plain(a), dy, weight, conv)
     kind = residual_kind(source)
-    in_sums, res_sums, dw, dweight, dbias = _finish(
-        source.x, found, kind, dw_part, weight, parameter, up, weight_dtype, bias_dtype
+    own = (up.sums, up.rstd, weight_dtype, bias_dtype)
+    in_sums, res_sums, dw, dweight, dbias = finish(
+        source.x, found, kind, dw_part, weight, parameter, *own
     )
     return None if found is None else found.g_in, in_sums, res_sums, dw, dweight, dbias
 
@@ -130,18 +130,20 @@ def conv_bn_dgrad(
     check(op, up.y, {"dy": dy})
     found = _spatial.dgrad(up, source, a, grad_a, weight, conv, True, dy)
     kind = residual_kind(source)
-    in_sums, res_sums, *_ = _finish(source.x, found, kind, None, weight, None, up, None, None)
+    own = (up.sums, up.rstd, None, None)
+    in_sums, res_sums, *_ = finish(source.x, found, kind, None, weight, None, *own)
     return found.g_in, in_sums, res_sums
 
 
-def _finish(
+def finish(
     x: Tensor,  # [N, C, H, W]
     found: Dgrad | None,
     kind: int,  # of the residual
     dw_part: Tensor | None,  # [splits, K, R, S, C]
     weight: Tensor,  # [K, C, R, S]
     parameter: Tensor | None,  # like weight: as it is stored
-    up: Upstream,
+    sums: Tensor,  # [2, K], upstream
+    rstd: Tensor,  # [K]
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
@@ -160,7 +162,7 @@ def _finish(
     launch(
         conv_bn_finish_kernel,
         (sums_programs + dw_programs + own_programs,),
-        part, in_sums, res_sums, dw_part, dw, up.sums, up.rstd, dweight, dbias,
+        part, in_sums, res_sums, dw_part, dw, sums, rstd, dweight, dbias,
         0 if part is None else part.size(0), 0 if dw_part is None else dw_part.size(0),
         channels, outs, taps, width, *((0,) * 4 if dw is None else dw.stride()),
         sums_programs, dw_programs,

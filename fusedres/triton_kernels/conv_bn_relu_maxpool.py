@@ -7,15 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fusedres._checks import described
 from fusedres._conv import Conv, Source, output_shape
 from fusedres.triton_kernels import _stem
-from fusedres.triton_kernels._args import acc, check, rows
-from fusedres.triton_kernels._gemm import empty
-from fusedres.triton_kernels._launch import launch
+from fusedres.triton_kernels._args import check, rows
 from fusedres.triton_kernels.batch_norm import batch_norm_fwd, finish_statistics
 from fusedres.triton_kernels.bn_relu_maxpool import (
     Window,
@@ -25,9 +22,7 @@ from fusedres.triton_kernels.bn_relu_maxpool import (
     maxpool_dy,
     maxpool_sums,
 )
-from fusedres.triton_kernels.device.conv_bn_finish import conv_bn_finish_kernel
-
-_FINISH = (32, 16, 512)  # BR, BC, BW of the second stage
+from fusedres.triton_kernels.conv_bn import finish
 
 
 def conv_bn_relu_maxpool_fwd(
@@ -45,7 +40,9 @@ def conv_bn_relu_maxpool_fwd(
     out = output_shape(x.shape, weight.shape, conv)
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     bn_weight, bn_bias, running_mean, running_var, training, momentum, eps = bn
-    part, rows_per_part = _stem.fwd(_plain(x), weight, conv, y, None, training and rows(y) > 0)
+    part, rows_per_part = _stem.fwd(
+        Source.plain(x), weight, conv, y, None, training and rows(y) > 0
+    )
     if part is None:
         statistics = batch_norm_fwd(y, *bn)
     else:
@@ -87,30 +84,15 @@ def conv_bn_relu_maxpool_bwd(
     cell, cells = cells_of(y, window)
     if cell == 2:
         pool = _stem.Pool(grad, winners, mean, scale, rstd, sums, training, window[2], cells)
-        part = _stem.wgrad(_plain(x), y, weight, conv, pool)
+        part = _stem.wgrad(Source.plain(x), y, weight, conv, pool)
     else:
         given = (grad, winners, y, mean, scale, rstd, sums, window, training)
         dy, *_ = maxpool_dy(*given, None, None)
-        part = _stem.wgrad(_plain(x), dy, weight, conv)
-    dw = torch.empty_like(parameter)
-    outs, channels, *kernel = weight.shape
-    dweight = None if weight_dtype is None else empty(x, outs, dtype=weight_dtype)
-    dbias = None if bias_dtype is None else empty(x, outs, dtype=bias_dtype)
-    br, bc, bw = _FINISH
-    dw_programs = triton.cdiv(weight.numel(), bw)
-    own_programs = triton.cdiv(outs, bw) if dweight is not None or dbias is not None else 0
-    launch(
-        conv_bn_finish_kernel,
-        (dw_programs + own_programs,),
-        None, None, None, part, dw, sums, rstd, dweight, dbias, 0, part.size(0),
-        channels, outs, kernel[0] * kernel[1], kernel[1], *dw.stride(), 0, dw_programs,
-        False, 0, True, dweight is not None, dbias is not None, acc(x.dtype), br, bc, bw,
-    )  # fmt: skip
+        part = _stem.wgrad(Source.plain(x), dy, weight, conv)
+    types = (weight_dtype, bias_dtype)
+    _, _, dw, dweight, dbias = finish(x, None, 0, part, weight, parameter, sums, rstd, *types)
+    assert dw is not None
     return dw, dweight, dbias
-
-
-def _plain(x: Tensor) -> Source:
-    return Source(x, *(None,) * 7, False)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, conv: Conv) -> None:
