@@ -25,6 +25,13 @@ from setup_cuda import CUDA, NVCC_WHEELS, choose_archs, find_nvcc, output_of, to
 
 DEBUG = os.environ.get("FUSEDRES_DEBUG", "0") == "1"
 LINUX = platform.system() == "Linux"
+# Instructions that csrc/cpu is compiled for, besides what every machine has; one is chosen at run
+# time (csrc/cpu_levels.cpp). No fused multiply-add is made of * and +: all give the same bits.
+X86_LEVELS = {"baseline": [], "avx2": ["-mavx2", "-mfma"]}
+X86_LEVELS["avx512"] = [f"-mavx512{x}" for x in ("f", "bw", "vl", "dq")] + X86_LEVELS["avx2"]
+X86_LEVELS["avx512"] += ["-mprefer-vector-width=512"]
+X86_LEVELS["avx512_bf16"] = ["-mavx512bf16", *X86_LEVELS["avx512"]]
+LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 
 
 class NinjaBuild(build_ext):
@@ -58,6 +65,8 @@ class NinjaBuild(build_ext):
         common += ["-g", "-DFUSEDRES_DEBUG"] if DEBUG else []
         # No kernel looks at floating-point exception flags; kept, they would forbid vector selects.
         host = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-trapping-math"]
+        host += ["-Wno-maybe-uninitialized"]  # gcc means its own intrinsics
+        host += ["-ffp-contract=off", "-DFUSEDRES_X86_LEVELS" if LEVELS is X86_LEVELS else ""]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
         cuda, libs, archs, version = [], [], [], ""
         if nvcc := find_nvcc(build):
@@ -83,12 +92,11 @@ class NinjaBuild(build_ext):
         def line(*words: object) -> str:
             return " ".join(shlex.quote(str(w)) for w in words if w).replace("$", "$$")
 
-        sources = [s for s in SOURCES if nvcc or s.suffix != ".cu"]
-        objects = {s: build / s.relative_to("csrc").with_suffix(s.suffix + ".o") for s in sources}
+        objects = []
         link = line(*cxx, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", "-o", module)
         text = f"""builddir = {build}
 rule cxx
-  command = {line(*cxx, *common, *host, "-Wall", "-Wextra")} -MMD -MF $out.d $python -c $in -o $out
+  command = {line(*cxx, *common, *host, "-Wall", "-Wextra")} -MMD -MF $out.d $extra -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvcc
@@ -98,11 +106,17 @@ rule nvcc
 rule link
   command = {link} $in {line(*libs)}
 """
-        for source, obj in objects.items():
-            text += f"build {obj}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}\n"
-            # The only file that sees Python: a new build environment recompiles nothing else.
-            text += f"  python = {line(*python)}\n" if source.name == "bindings.cpp" else ""
-        return text + f"build {module}: link {' '.join(map(str, objects.values()))}\n"
+        for source in (s for s in SOURCES if nvcc or s.suffix != ".cu"):
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            # Only the bindings see Python: a new build environment recompiles nothing else.
+            variants = {"": python if source.name == "bindings.cpp" else []}
+            if source.parent.name == "cpu":
+                variants = {n: [f"-DFUSEDRES_CPU_LEVEL={n}", *f] for n, f in LEVELS.items()}
+            for name, flags in variants.items():
+                obj = build / source.relative_to("csrc").parent / name / f"{source.name}.o"
+                text += f"build {obj}: {rule} {source}\n  extra = {line(*flags)}\n"
+                objects.append(obj)
+        return text + f"build {module}: link {' '.join(map(str, objects))}\n"
 
 
 SOURCES = sorted(p for p in Path("csrc").rglob("*") if p.suffix in (".cpp", ".cu"))

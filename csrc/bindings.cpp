@@ -22,6 +22,8 @@
 #include "fusedres/batch_norm.h"
 #include "fusedres/bn_act.h"
 #include "fusedres/bn_relu_maxpool.h"
+#include "fusedres/conv_bn.h"
+#include "fusedres/cpu_levels.h"
 #include "fusedres/pack.h"
 
 namespace py = pybind11;
@@ -150,7 +152,6 @@ BnReluMaxpoolBwdParams bn_relu_maxpool_bwd_params(const Head& head, const PoolWi
           pointer(t[8])};
 }
 
-#ifdef FUSEDRES_WITH_CUDA
 ConstVector const_vector_of(const Numbered& v) {
   return {dtype_of(std::get<0>(v)), pointer(std::get<1>(v))};
 }
@@ -176,10 +177,8 @@ BatchNormFwdParams batch_norm_fwd_params(const Head& head, bool training, double
           pointer(t[5]),
           pointer(t[6])};
 }
-#endif
 
-// --- kernels
-// --------------------------------------------------------------------------------------
+// --- kernels ------------------------------------------------------------------------------------
 
 void bind_bn_act(py::module_& m) {
   m.def(
@@ -208,19 +207,29 @@ void bind_bn_act(py::module_& m) {
 }
 
 void bind_batch_norm(py::module_& m) {
+  using Vectors = std::array<Numbered, 5>;
   m.def(
-      "batch_norm_stats",
-      [](const Head& head, const Addresses<4>& t) {
-        if (!on_cpu(head)) throw std::invalid_argument("batch_norm_stats: runs on the CPU");
-        const BatchNormStatsParams params = {dtype_of(head), shape_of(head), pointer(t[0]),
-                                             pointer(t[1]),  pointer(t[2]),  pointer(t[3])};
-        const py::gil_scoped_release no_gil;
-        launch_batch_norm_stats(params, static_cast<int>(std::get<4>(head)));
+      "batch_norm_fwd",
+      [](const Head& head, bool training, double momentum, double eps, const Vectors& vectors,
+         const Addresses<7>& t) {
+        const BatchNormFwdParams params =
+            batch_norm_fwd_params(head, training, momentum, eps, vectors, t);
+        run("batch_norm_fwd", head,
+            [&](auto... how) { return launch_batch_norm_fwd(params, how...); });
       },
-      "head"_a, "tensors"_a);
+      "head"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a);
   m.def(
-      "batch_norm_stats_workspace", [](const Head& head) { return partial_bytes(head, 2); },
-      "head"_a);
+      "batch_norm_fwd_workspace",
+      [](const Head& head, bool training, double momentum, double eps, const Vectors& vectors,
+         const Addresses<7>& t) {
+        const BatchNormFwdParams params =
+            batch_norm_fwd_params(head, training, momentum, eps, vectors, t);
+        const Shape shape = params.shape;
+        const int64_t row = (1 + 2 * shape.c) * static_cast<int64_t>(sizeof(double));
+        return workspace("batch_norm_fwd", head, training ? partial_rows(shape) * row : 0,
+                         [&](auto... how) { return batch_norm_fwd_workspace(params, how...); });
+      },
+      "head"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a);
   m.def(
       "batch_norm_bwd",
       [](const Head& head, bool training, const Addresses<9>& t, const Numbered& dweight,
@@ -234,31 +243,6 @@ void bind_batch_norm(py::module_& m) {
       },
       "head"_a, "training"_a, "tensors"_a, "dweight"_a, "dbias"_a);
 #ifdef FUSEDRES_WITH_CUDA
-  using Vectors = std::array<Numbered, 5>;
-  m.def(
-      "batch_norm_fwd_cuda",
-      [](const Head& head, bool training, double momentum, double eps, const Vectors& vectors,
-         const Addresses<7>& t) {
-        const BatchNormFwdParams params =
-            batch_norm_fwd_params(head, training, momentum, eps, vectors, t);
-        const py::gil_scoped_release no_gil;
-        LaunchConfig config;
-        const CudaTarget target = target_of(head);
-        throw_on_error("batch_norm_fwd", launch_batch_norm_fwd(params, target, &config),
-                       target.device, config);
-      },
-      "head"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a);
-  m.def(
-      "batch_norm_fwd_cuda_workspace",
-      [](const Head& head, bool training, double momentum, double eps, const Vectors& vectors,
-         const Addresses<7>& t) {
-        const BatchNormFwdParams params =
-            batch_norm_fwd_params(head, training, momentum, eps, vectors, t);
-        return workspace("batch_norm_fwd", head, 0, [&](int device, int64_t* bytes) {
-          return batch_norm_fwd_workspace(params, device, bytes);
-        });
-      },
-      "head"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a, "tensors"_a);
   m.def(
       "batch_norm_act_fwd_cuda",
       [](const Head& head, double momentum, double eps, const Vectors& vectors,
@@ -343,6 +327,46 @@ void bind_add_relu(py::module_& m) {
       "head"_a, "tensors"_a);
 }
 
+void bind_conv_bn(py::module_& m) {
+  using Window = std::array<int64_t, 8>;
+  using Strides = std::array<int64_t, 4>;
+  const auto params_of = [](const Head& head, const Sizes& output, const Window& w, bool relu,
+                            const Addresses<7>& t, const Strides& s) -> ConvBnWgradParams {
+    return {dtype_of(head),
+            shape_of(head),
+            shape_of(output, std::get<2>(head)),
+            {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]},
+            relu,
+            pointer(t[0]),
+            pointer(t[1]),
+            pointer(t[2]),
+            pointer(t[3]),
+            pointer(t[4]),
+            static_cast<float*>(pointer(t[5])),
+            s[0],
+            s[1],
+            s[2],
+            s[3],
+            pointer(t[6])};
+  };
+  m.def(
+      "conv_bn_wgrad",
+      [=](const Head& head, const Sizes& output, const Window& window, bool relu,
+          const Addresses<7>& t, const Strides& strides) {
+        if (!on_cpu(head)) throw std::invalid_argument("conv_bn_wgrad: runs on the CPU");
+        const ConvBnWgradParams params = params_of(head, output, window, relu, t, strides);
+        const py::gil_scoped_release no_gil;
+        launch_conv_bn_wgrad(params, static_cast<int>(std::get<4>(head)));
+      },
+      "head"_a, "output"_a, "window"_a, "relu"_a, "tensors"_a, "strides"_a);
+  m.def(
+      "conv_bn_wgrad_workspace",
+      [=](const Head& head, const Sizes& output, const Window& window) {
+        return conv_bn_wgrad_workspace(params_of(head, output, window, false, {}, {}));
+      },
+      "head"_a, "output"_a, "window"_a);
+}
+
 #ifdef FUSEDRES_WITH_CUDA
 // address, offset, K, C, R*S, channels_last
 using Entry = std::tuple<Address, int64_t, int32_t, int32_t, int32_t, bool>;
@@ -418,12 +442,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = kCompiler;
   m.attr("cuda_version") = cuda_version();
   m.attr("cuda_archs") = cuda_archs();
+  m.def("cpu_levels", &cpu_levels, "Levels of CPU kernels that run here, the best one last.");
+  m.def("cpu_level", &cpu_level, "The one in force.");
+  m.def("set_cpu_level", &set_cpu_level, "name"_a, "Takes another one, for tests.");
   m.def("cuda_driver_status", &cuda_driver_status,
         "None when CUDA kernels can run on this machine, else the reason.");
   bind_bn_act(m);
   bind_batch_norm(m);
   bind_bn_relu_maxpool(m);
   bind_add_relu(m);
+  bind_conv_bn(m);
 #ifdef FUSEDRES_WITH_CUDA
   m.attr("cuda_built") = true;
   m.def("pack", &pack, "dtype"_a, "device"_a, "stream"_a, "buffer"_a, "entries"_a);

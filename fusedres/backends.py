@@ -306,7 +306,9 @@ def plan_of(
 
 def samples_shortcuts(choice: Choice) -> bool:
     """Whether a strided shortcut is to give no gradient for the pixels that it does not read."""
-    return choice.plan in DATAFLOWS and DATAFLOWS[choice.plan].compact
+    if choice.plan in DATAFLOWS:
+        return DATAFLOWS[choice.plan].compact
+    return choice.backend == "cpp"
 
 
 def light_backend(

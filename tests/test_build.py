@@ -16,7 +16,7 @@ import torch
 
 from fusedres import native
 from fusedres.native.add_relu import add_relu_bwd, add_relu_fwd
-from fusedres.native.batch_norm import batch_norm_bwd, batch_norm_stats
+from fusedres.native.batch_norm import batch_norm_bwd, batch_norm_fwd
 from fusedres.native.bn_act import bn_act_bwd, bn_act_fwd
 from fusedres.native.bn_relu_maxpool import bn_relu_maxpool_bwd, bn_relu_maxpool_fwd
 
@@ -81,7 +81,23 @@ def test_a_contract_header_has_a_kernel_file_of_its_name(includes):
     kernels = {stem.removesuffix("_fwd").removesuffix("_bwd") for stem in kernels}
     # beside them: a second stage that two ops share, and batch_norm's kernel that ends in bn_act
     others = {"driver", "finish_sums", "batch_norm_act"}
-    assert headers - {"types", "cuda_launch"} == kernels - others
+    assert headers - {"types", "cuda_launch", "cpu_levels"} == kernels - others
+
+
+def test_no_level_leaves_the_linker_a_choice(includes):
+    """A function that levels share must not exist as code compiled for one of them: the linker
+    keeps one copy of such, which may not run on an older machine.
+    """
+    folders = [f for f in (ROOT / "build").glob("ninja-*/cpu/*") if f.is_dir()]
+    if not folders:
+        pytest.skip("no objects of a build in build/")
+    for folder in folders:
+        for obj in sorted(folder.glob("*.o")):
+            symbols = re.findall(r" [WVu] (\S+)", tool_output("nm", str(obj)))
+            own = f"{len(folder.name)}{folder.name}"
+            # exception tables' reference to the personality routine is data
+            shared = [s for s in symbols if own not in s and not s.startswith("DW.ref.")]
+            assert not shared, f"{obj.relative_to(ROOT)}: {shared}"
 
 
 # --- the module -----------------------------------------------------------------------------------
@@ -202,6 +218,71 @@ def test_empty_launch_is_no_launch(cuda_extension):
     cuda_extension.add_relu_bwd(nothing, (0, 0, 0))
 
 
+# --- levels ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def each_level(extension):
+    """Calls a function at every level of CPU kernels that runs here."""
+
+    def call(function):
+        best = extension.cpu_level()
+        try:
+            for level in extension.cpu_levels():
+                extension.set_cpu_level(level)
+                yield level, function()
+        finally:
+            extension.set_cpu_level(best)
+
+    return call
+
+
+def test_the_best_level_is_in_force(extension):
+    assert extension.cpu_levels()[0] == "baseline"
+    assert extension.cpu_level() == extension.cpu_levels()[-1]
+    with pytest.raises(ValueError, match="no CPU kernels of level avx1024 here"):
+        extension.set_cpu_level("avx1024")
+    assert extension.cpu_level() == extension.cpu_levels()[-1]
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 29, 31), (2, 37, 9, 7), (5, 3, 17, 65)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_levels_agree(each_level, dtype, memory_format, shape):
+    """In NHWC all levels above the baseline give the same bits; the rest agrees to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    y, residual = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+        for _ in range(2)
+    )
+    y[0, :, 0, 0] = float("nan")
+    stat = torch.float64 if dtype == torch.float64 else torch.float32
+    vectors = torch.rand(4, shape[1], generator=generator).to(stat).unbind()
+    finite = y.nan_to_num()
+    runs = {
+        level: made
+        for level, made in each_level(
+            lambda: [
+                *light_passes(finite, residual, vectors),
+                bn_act_fwd(y, *vectors[:3], residual, None, None, None, True),
+                bn_relu_maxpool_fwd(y, *vectors[:3], 3, 2, 1),
+            ]
+        )
+    }
+    size = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-13}[dtype]
+    baseline = runs.pop("baseline")
+    for level, made in runs.items():
+        for ours, theirs in zip(made, baseline, strict=True):
+            scale = theirs.nan_to_num().abs().max().item()
+            torch.testing.assert_close(
+                ours, theirs, rtol=size, atol=size * scale, equal_nan=True, msg=level
+            )
+    if memory_format == torch.channels_last:
+        first, *others = runs.values() or [[]]
+        for one, *rest in zip(first, *others, strict=True):
+            assert all(torch.equal(one.nan_to_num(7), r.nan_to_num(7)) for r in rest)
+
+
 # --- determinism ----------------------------------------------------------------------------------
 
 # Above the size from which work is shared out: channels in one tile and in two, an odd number of
@@ -212,7 +293,7 @@ SHAPES = [(3, 64, 29, 31), (2, 1030, 7, 7), (700, 65, 1, 1), (5, 3, 64, 65)]
 def light_passes(y, residual, vectors):
     """Every output of every CPU kernel on one input."""
     mean, scale, bias, rstd = vectors
-    yield from batch_norm_stats(y)
+    yield from batch_norm_fwd(y, None, None, None, None, True, 0.1, 1e-5)[:2]
     a = bn_act_fwd(y, mean, scale, bias, residual, mean, rstd, bias, True)
     yield a
     g, sums, res_sums = bn_act_bwd(y, residual, a, y, mean, residual, rstd)

@@ -7,7 +7,9 @@
 #ifdef __CUDACC__
 #define FUSEDRES_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FUSEDRES_HOST_DEVICE inline
+// Never a function of its own on the host: of the copies that CPU kernels are compiled to, the
+// linker would keep one, which may use instructions that the machine does not have.
+#define FUSEDRES_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace fusedres {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "common/numeric.h"
@@ -27,7 +26,7 @@ void dispatch(DType dtype, const F& f) {
     case DType::kFloat16:
       throw std::invalid_argument("float16 has no CPU kernels; float32, bfloat16 and float64 do");
   }
-  throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
+  throw std::invalid_argument("unknown dtype code");
 }
 
 template <class F>

@@ -4,11 +4,10 @@
 // float. Backward needs out alone: its sign is the mask.
 #include "fusedres/add_relu.h"
 
-#include "common/activation.h"
 #include "common/dispatch.h"
-#include "common/traversal.h"
+#include "cpu/traversal.h"
 
-namespace fusedres {
+namespace fusedres::FUSEDRES_CPU_LEVEL {
 namespace {
 
 template <class T>
@@ -16,12 +15,10 @@ void add_relu_fwd(const AddReluFwdParams& p, int threads) {
   const T* const x = static_cast<const T*>(p.x);
   const T* const residual = static_cast<const T*>(p.residual);
   T* const out = static_cast<T*>(p.out);
-  for_each_range(p.numel, threads, [=](int64_t begin, int64_t end) {
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      const auto u = to_acc(x[i]) + to_acc(residual[i]);
-      out[i] = relu_gate(u, from_acc<T>(u));
-    }
+  for_each_element<T>(p.numel, threads, [=](auto lanes, int64_t i) {
+    using L = decltype(lanes);
+    const auto u = L::load(x + i) + L::load(residual + i);
+    L::store(out + i, L::gate(u, u));
   });
 }
 
@@ -30,11 +27,9 @@ void add_relu_bwd(const AddReluBwdParams& p, int threads) {
   const T* const grad = static_cast<const T*>(p.grad);
   const T* const out = static_cast<const T*>(p.out);
   T* const dx = static_cast<T*>(p.dx);
-  for_each_range(p.numel, threads, [=](int64_t begin, int64_t end) {
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      dx[i] = relu_gate(to_acc(out[i]), grad[i]);
-    }
+  for_each_element<T>(p.numel, threads, [=](auto lanes, int64_t i) {
+    using L = decltype(lanes);
+    L::put(dx + i, L::gate(L::load(out + i), L::load(grad + i)));
   });
 }
 
@@ -50,4 +45,4 @@ void launch_add_relu_bwd(const AddReluBwdParams& params, int threads) {
            [&](auto tag) { add_relu_bwd<typename decltype(tag)::type>(params, threads); });
 }
 
-}  // namespace fusedres
+}  // namespace fusedres::FUSEDRES_CPU_LEVEL

@@ -4,14 +4,13 @@
 // three separate passes would move 5 to 7. Nothing is saved beyond what the caller already holds.
 // Backward: reads grad [grad_extra] [a] y [res_y], writes g, and in the same pass sums what the
 // gradients of weight, bias and mean need, over g as it was rounded, so that the sums belong to the
-// gradient that flows on. Split as common/reduction.h describes.
+// gradient that flows on. Split as cpu/reduction.h describes.
 #include "fusedres/bn_act.h"
 
-#include "common/activation.h"
 #include "common/dispatch.h"
-#include "common/reduction.h"
+#include "cpu/reduction.h"
 
-namespace fusedres {
+namespace fusedres::FUSEDRES_CPU_LEVEL {
 namespace {
 
 template <class T, bool kRelu>
@@ -27,27 +26,35 @@ void bn_act_fwd(const BnActFwdParams& p, int threads) {
   const Acc* const res_bias = static_cast<const Acc*>(p.res_bias);
   T* const a = static_cast<T*>(p.a);
 
-  const auto act = [](Acc u) {
-    const T rounded = from_acc<T>(u);
-    return kRelu ? relu_gate(u, rounded) : rounded;
+  const auto normed = [=](auto lanes, int64_t o, int64_t c) {
+    using L = decltype(lanes);
+    const auto centered = L::load(y + o) - L::channel(mean, c);
+    return L::fma(centered, L::channel(scale, c), L::channel(bias, c));
   };
-  const auto normed = [=](int64_t o, int64_t c) {
-    return (to_acc(y[o]) - mean[c]) * scale[c] + bias[c];
+  const auto store = [=](auto lanes, int64_t o, auto u) {
+    using L = decltype(lanes);
+    L::store(a + o, kRelu ? L::gate(u, u) : u);
   };
   if (residual == nullptr) {
-    elementwise(p.shape, threads, [=](int64_t o, int64_t c) { a[o] = act(normed(o, c)); });
+    elementwise<T>(p.shape, threads,
+                   [=](auto lanes, int64_t o, int64_t c) { store(lanes, o, normed(lanes, o, c)); });
   } else if (res_mean == nullptr) {
-    elementwise(p.shape, threads,
-                [=](int64_t o, int64_t c) { a[o] = act(normed(o, c) + to_acc(residual[o])); });
+    elementwise<T>(p.shape, threads, [=](auto lanes, int64_t o, int64_t c) {
+      store(lanes, o, normed(lanes, o, c) + decltype(lanes)::load(residual + o));
+    });
   } else {
-    elementwise(p.shape, threads, [=](int64_t o, int64_t c) {
-      const Acc shortcut = (to_acc(residual[o]) - res_mean[c]) * res_scale[c] + res_bias[c];
-      a[o] = act(normed(o, c) + shortcut);
+    elementwise<T>(p.shape, threads, [=](auto lanes, int64_t o, int64_t c) {
+      using L = decltype(lanes);
+      const auto centered = L::load(residual + o) - L::channel(res_mean, c);
+      const auto shortcut = L::fma(centered, L::channel(res_scale, c), L::channel(res_bias, c));
+      store(lanes, o, normed(lanes, o, c) + shortcut);
     });
   }
 }
 
-template <class T, bool kMask, bool kExtra, bool kResidual>
+enum class Mask { kNone, kActivation, kAffine };  // no ReLU; by a; by what a was computed from
+
+template <class T, Mask kMask, bool kExtra, bool kResidual>
 void bn_act_bwd(const BnActBwdParams& p, int threads) {
   using Acc = acc_t<T>;
   constexpr int kSums = kResidual ? 3 : 2;
@@ -56,31 +63,36 @@ void bn_act_bwd(const BnActBwdParams& p, int threads) {
   const T* const a = static_cast<const T*>(p.a);
   const T* const y = static_cast<const T*>(p.y);
   const Acc* const mean = static_cast<const Acc*>(p.mean);
+  const Acc* const scale = static_cast<const Acc*>(p.scale);
+  const Acc* const bias = static_cast<const Acc*>(p.bias);
   const T* const res_y = static_cast<const T*>(p.res_y);
   const Acc* const res_mean = static_cast<const Acc*>(p.res_mean);
   T* const g = static_cast<T*>(p.g);
-  double* const workspace = static_cast<double*>(p.workspace);
+  double* const partials = static_cast<double*>(p.workspace);
+  const int64_t channels = p.shape.c;
+  const bool write = kExtra || kMask != Mask::kNone || g != grad;
 
-  sum_stage1<kSums, Acc>(
-      p.shape, threads, workspace, [](const Tile&) {},
-      [=](int64_t o, int64_t c) {
-        Acc da = to_acc(grad[o]);
-        if constexpr (kExtra) da += to_acc(extra[o]);
-        if constexpr (kExtra || kMask) {
-          T rounded = from_acc<T>(da);
-          if constexpr (kMask) rounded = relu_gate(to_acc(a[o]), rounded);
-          g[o] = rounded;
-          da = to_acc(rounded);
+  sum_stage1<kSums, T>(
+      p.shape, threads, partials, [](const Tile&) {},
+      [=](auto lanes, int64_t o, int64_t c) {
+        using L = decltype(lanes);
+        auto da = L::load(grad + o);
+        const auto centered = L::load(y + o) - L::channel(mean, c);
+        if constexpr (kExtra) da += L::load(extra + o);
+        if constexpr (kMask == Mask::kActivation) da = L::gate(L::load(a + o), da);
+        if constexpr (kMask == Mask::kAffine) {
+          da = L::gate(L::fma(centered, L::channel(scale, c), L::channel(bias, c)), da);
         }
-        Terms<Acc> terms{da, da * (to_acc(y[o]) - mean[c])};
-        if constexpr (kResidual) terms.third = da * (to_acc(res_y[o]) - res_mean[c]);
-        return terms;
+        if constexpr (kExtra) da = L::rounded(da);
+        if (write) L::put(g + o, da);
+        Factors<typename L::Values> factors{da, centered, {}};
+        if constexpr (kResidual) factors.third = L::load(res_y + o) - L::channel(res_mean, c);
+        return factors;
       });
 
-  const int64_t channels = p.shape.c;
   Acc* const sums = static_cast<Acc*>(p.sums);
   Acc* const res_sums = static_cast<Acc*>(p.res_sums);
-  sum_stage2(workspace, partial_rows(p.shape), kSums * channels, threads,
+  sum_stage2(partials, partial_rows(p.shape), kSums * channels, threads,
              [=](int64_t column, double value) {
                const Acc sum = static_cast<Acc>(value);
                if (column < 2 * channels) sums[column] = sum;
@@ -89,6 +101,13 @@ void bn_act_bwd(const BnActBwdParams& p, int threads) {
                  if (column >= 2 * channels) res_sums[column - channels] = sum;
                }
              });
+}
+
+template <class F>
+void dispatch_mask(const BnActBwdParams& p, const F& f) {
+  if (p.scale != nullptr) return f(std::integral_constant<Mask, Mask::kAffine>{});
+  if (p.a != nullptr) return f(std::integral_constant<Mask, Mask::kActivation>{});
+  f(std::integral_constant<Mask, Mask::kNone>{});
 }
 
 }  // namespace
@@ -103,9 +122,9 @@ void launch_bn_act_fwd(const BnActFwdParams& params, int threads) {
 
 void launch_bn_act_bwd(const BnActBwdParams& params, int threads) {
   dispatch(params.dtype, [&](auto tag) {
-    // By res_sums: an empty tensor has a null pointer too, and its sums are still to be written.
-    dispatch(params.a != nullptr, [&](auto mask) {
+    dispatch_mask(params, [&](auto mask) {
       dispatch(params.grad_extra != nullptr, [&](auto extra) {
+        // By res_sums: an empty tensor has a null pointer too, and its sums are to be written.
         dispatch(params.res_sums != nullptr, [&](auto residual) {
           bn_act_bwd<typename decltype(tag)::type, decltype(mask)::value, decltype(extra)::value,
                      decltype(residual)::value>(params, threads);
@@ -115,4 +134,4 @@ void launch_bn_act_bwd(const BnActBwdParams& params, int threads) {
   });
 }
 
-}  // namespace fusedres
+}  // namespace fusedres::FUSEDRES_CPU_LEVEL

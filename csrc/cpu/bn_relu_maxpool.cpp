@@ -12,12 +12,12 @@
 #include "fusedres/bn_relu_maxpool.h"
 
 #include <limits>
+#include <stdexcept>
 
-#include "common/activation.h"
 #include "common/dispatch.h"
-#include "common/reduction.h"
+#include "cpu/reduction.h"
 
-namespace fusedres {
+namespace fusedres::FUSEDRES_CPU_LEVEL {
 namespace {
 
 struct Range {
@@ -32,11 +32,23 @@ Range outputs_at(const PoolWindow& window, int64_t k, int64_t begin, int64_t end
           std::min(pooled, end + shift <= 0 ? 0 : ceil_div(end + shift, stride))};
 }
 
+// Outputs o in [0, pooled) whose window holds input i.
+Range outputs_over(const PoolWindow& window, int64_t i, int64_t pooled) {
+  const int64_t first = i + window.padding - window.size + 1, last = i + window.padding;
+  return {first <= 0 ? 0 : ceil_div(first, window.stride),
+          std::min<int64_t>(pooled, last / window.stride + 1)};
+}
+
+// Places k of the window of output o that lie on inputs in [0, extent).
+Range places_inside(const PoolWindow& window, int64_t o, int64_t extent) {
+  const int64_t begin = o * window.stride - window.padding;
+  return {std::max<int64_t>(0, -begin), std::min<int64_t>(window.size, extent - begin)};
+}
+
 template <class T>
 struct Pool {
   using Acc = acc_t<T>;
-  // Of one width with Acc, so that a vector of the one masks a vector of the other.
-  using Place = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using Place = signed_t<Acc>;  // of one width with Acc: vectors of the one mask the other
   Shape shape;
   PoolWindow window;
   int64_t pooled_h, pooled_w;
@@ -54,135 +66,162 @@ struct Pool {
         scale(static_cast<const Acc*>(p.scale)),
         bias(static_cast<const Acc*>(p.bias)) {}
 
-  Acc normed(int64_t offset, int64_t c) const {
-    return (to_acc(y[offset]) - mean[c]) * scale[c] + bias[c];
+  template <class L>
+  typename L::Values normed(L, int64_t offset, int64_t c) const {
+    const auto centered = L::load(y + offset) - L::channel(mean, c);
+    return L::fma(centered, L::channel(scale, c), L::channel(bias, c));
   }
-  Acc activation(int64_t offset, int64_t c) const {
-    const Acc u = normed(offset, c);
-    return to_acc(relu_gate(u, from_acc<T>(u)));
+  // The activation as it would be stored: ties are decided after rounding.
+  template <class L>
+  typename L::Values activation(L lanes, int64_t offset, int64_t c) const {
+    const auto u = normed(lanes, offset, c);
+    return L::gate(u, L::rounded(u));
   }
 
-  // Calls f(place, lane, offset, channel) for every input of `lanes` neighbouring windows, place by
-  // place in row-major order. NHWC: the windows at (n, oh, ow) of channels lane0, lane0 + 1, ...
-  // NCHW: the windows at (n, c, oh) of columns lane0, lane0 + 1, ...
-  template <class F>
-  void for_each_input(int64_t n, int64_t oh, int64_t ow, int64_t c, int64_t lane0, int64_t lanes,
-                      const F& f) const {
-    const F local = f;
-    for (int64_t kh = 0; kh < window.size; ++kh) {
-      const int64_t ih = oh * window.stride - window.padding + kh;
-      if (ih < 0 || ih >= shape.h) continue;
-      for (int64_t kw = 0; kw < window.size; ++kw) {
-        const Place place = static_cast<Place>(kh * window.size + kw);
-        if (shape.layout == Layout::kNHWC) {
-          const int64_t iw = ow * window.stride - window.padding + kw;
-          if (iw < 0 || iw >= shape.w) continue;
-          const int64_t offset = ((n * shape.h + ih) * shape.w + iw) * shape.c + lane0;
-#pragma omp simd
-          for (int64_t i = 0; i < lanes; ++i) local(place, i, offset + i, lane0 + i);
-        } else {
-          const int64_t row = ((n * shape.c + c) * shape.h + ih) * shape.w;
-          const int64_t stride = window.stride, shift = kw - window.padding;
-          const Range inside = outputs_at(window, kw, 0, shape.w, pooled_w);
-          const int64_t end = std::min(inside.end, lane0 + lanes);
-#pragma omp simd
-          for (int64_t o = std::max(inside.begin, lane0); o < end; ++o) {
-            local(place, o - lane0, row + o * stride + shift, c);
+  // The largest normalised value of a window (kWinners: the largest activation, and its place), one
+  // candidate after the other: later ones win where they are larger, or NaN.
+  template <bool kWinners, class L>
+  struct Best {
+    typename L::Values value = L::all(-std::numeric_limits<Acc>::infinity());
+    typename L::Ints place{};
+
+    void meet(typename L::Values candidate, int64_t at) {
+      if constexpr (L::kCount == 1) {
+        const bool wins = candidate > value || candidate != candidate;
+        value = wins ? candidate : value;
+        if constexpr (kWinners) place = wins ? static_cast<Place>(at) : place;
+      } else {
+        const auto larger = candidate > value;
+        if constexpr (kWinners) {
+          place = larger ? L::all_ints(at) : place;
+          place = candidate != candidate ? L::all_ints(at) : place;
+        }
+        value = larger ? candidate : value;
+        value = candidate != candidate ? candidate : value;
+      }
+    }
+  };
+
+  // Calls emit(lanes, best, out) for every window of a row of outputs in NHWC: row (n, oh).
+  template <bool kWinners, class Emit>
+  void windows_nhwc(int64_t n, int64_t oh, const Emit& emit) const {
+    const Pool self = *this;
+    const Range rows = places_inside(window, oh, shape.h);
+    for (int64_t ow = 0; ow < pooled_w; ++ow) {
+      const Range columns = places_inside(window, ow, shape.w);
+      const int64_t out = ((n * pooled_h + oh) * pooled_w + ow) * shape.c;
+      const int64_t ih = oh * window.stride - window.padding;
+      const int64_t iw = ow * window.stride - window.padding;
+      const int64_t corner = ((n * shape.h + ih) * shape.w + iw) * shape.c;
+      for_lanes<T, true>(0, shape.c, [&](auto lanes, int64_t c) {
+        using L = decltype(lanes);
+        Best<kWinners, L> best;
+        for (int64_t kh = rows.begin; kh < rows.end; ++kh) {
+          for (int64_t kw = columns.begin; kw < columns.end; ++kw) {
+            const int64_t o = corner + (kh * self.shape.w + kw) * self.shape.c + c;
+            best.meet(kWinners ? self.activation(lanes, o, c) : self.normed(lanes, o, c),
+                      kh * self.window.size + kw);
           }
         }
-      }
+        emit(lanes, best, out + c);
+      });
     }
   }
 
-  // Calls body(n, oh, ow, c, lane0, lanes, out) for groups of windows that cover the output; `out`
-  // is the offset of the first one there.
-  template <class Body>
-  void for_each_group(int threads, const Body& body) const {
+  // The same in NCHW for row (n, c, oh): columns side by side, one place after the other.
+  template <bool kWinners, class Emit>
+  void windows_nchw(int64_t n, int64_t c, int64_t oh, const Emit& emit) const {
+    using L = Scalar<T, false>;
+    const Pool self = *this;
+    const Range rows = places_inside(window, oh, shape.h);
+    const int64_t first = ((n * shape.c + c) * pooled_h + oh) * pooled_w;
+    for (int64_t ow = 0; ow < pooled_w; ow += kTile) {
+      const int64_t width = std::min(kTile, pooled_w - ow);
+      Best<kWinners, L> best[kTile];
+      for (int64_t kh = rows.begin; kh < rows.end; ++kh) {
+        const int64_t ih = oh * window.stride - window.padding + kh;
+        const int64_t row = ((n * shape.c + c) * shape.h + ih) * shape.w;
+        for (int64_t kw = 0; kw < window.size; ++kw) {
+          const Range inside = outputs_at(window, kw, 0, shape.w, pooled_w);
+          const int64_t end = std::min(inside.end, ow + width), shift = kw - window.padding;
+          const int64_t place = kh * window.size + kw, stride = window.stride;
+#pragma omp simd
+          for (int64_t o = std::max(inside.begin, ow); o < end; ++o) {
+            const int64_t at = row + o * stride + shift;
+            best[o - ow].meet(kWinners ? self.activation(L{}, at, c) : self.normed(L{}, at, c),
+                              place);
+          }
+        }
+      }
+      for (int64_t i = 0; i < width; ++i) emit(L{}, best[i], first + ow + i);
+    }
+  }
+
+  template <bool kWinners, class Emit>
+  void for_each_window(int threads, const Emit& emit) const {
     const bool nhwc = shape.layout == Layout::kNHWC;
-    const int64_t inner = nhwc ? shape.c : pooled_w;
-    const int64_t rows = shape.n * pooled_h * (nhwc ? pooled_w : shape.c);
-    const int64_t work = rows * inner * window.size * window.size;
+    const int64_t rows = shape.n * pooled_h * (nhwc ? 1 : shape.c);
+    const int64_t work = shape.n * shape.c * pooled_h * pooled_w * window.size * window.size;
     parallel_for(rows, work, threads, [&](int64_t row) {
-      const int64_t oh = nhwc ? row / pooled_w % pooled_h : row % pooled_h;
-      const int64_t ow = nhwc ? row % pooled_w : 0;
-      const int64_t c = nhwc ? 0 : row / pooled_h % shape.c;
-      const int64_t n = nhwc ? row / (pooled_w * pooled_h) : row / (pooled_h * shape.c);
-      for (int64_t lane0 = 0; lane0 < inner; lane0 += kTile) {
-        body(n, oh, ow, c, lane0, std::min(kTile, inner - lane0), row * inner + lane0);
+      const Emit local = emit;
+      const int64_t oh = row % pooled_h, plane = row / pooled_h;
+      if (nhwc) {
+        windows_nhwc<kWinners>(plane, oh, local);
+      } else {
+        windows_nchw<kWinners>(plane / shape.c, plane % shape.c, oh, local);
       }
     });
   }
 
   void forward(T* p, int threads) const {
-    for_each_group(threads, [&](int64_t n, int64_t oh, int64_t ow, int64_t c, int64_t lane0,
-                                int64_t lanes, int64_t out) {
-      Acc best[kTile];
-      std::fill_n(best, lanes, -std::numeric_limits<Acc>::infinity());
-      Acc* const best_ptr = best;
-      const Pool self = *this;
-      for_each_input(n, oh, ow, c, lane0, lanes, [=](Place, int64_t i, int64_t o, int64_t channel) {
-        const Acc u = self.normed(o, channel);
-        const Acc before = best_ptr[i];
-        best_ptr[i] = u > before || u != u ? u : before;
-      });
-#pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) p[out + i] = relu_gate(best[i], from_acc<T>(best[i]));
+    for_each_window<false>(threads, [=](auto lanes, const auto& best, int64_t out) {
+      using L = decltype(lanes);
+      L::store(p + out, L::gate(best.value, best.value));
     });
   }
 
   void find_winners(uint8_t* winners, int threads) const {
-    for_each_group(threads, [&](int64_t n, int64_t oh, int64_t ow, int64_t c, int64_t lane0,
-                                int64_t lanes, int64_t out) {
-      Acc best[kTile];
-      std::fill_n(best, lanes, -std::numeric_limits<Acc>::infinity());
-      Acc* const best_ptr = best;
-      Place places[kTile];
-      Place* const winner = places;
-      const Pool self = *this;
-      for_each_input(n, oh, ow, c, lane0, lanes,
-                     [=](Place place, int64_t i, int64_t o, int64_t channel) {
-                       const Acc a = self.activation(o, channel), before = best_ptr[i];
-                       const Place winner_before = winner[i];
-                       const bool wins = a > before || a != a;
-                       best_ptr[i] = wins ? a : before;
-                       winner[i] = wins ? place : winner_before;
-                     });
-#pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) winners[out + i] = static_cast<uint8_t>(places[i]);
+    for_each_window<true>(threads, [=](auto lanes, const auto& best, int64_t out) {
+      decltype(lanes)::store_bytes(winners + out, best.place);
     });
   }
 
-  // g of the pixels of one image row: columns [iw, iw + pixels) of row (n, ih), for the tile's
-  // channels.
+  // g of one pixel (n, ih, iw), for the tile's channels.
   void gather_nhwc(const T* grad, const uint8_t* winners, T* g, int64_t n, int64_t ih, int64_t iw,
                    const Tile& tile) const {
-    Acc total[kTile];
-    std::fill_n(total, tile.channels, Acc(0));
-    for (int64_t kh = 0; kh < window.size; ++kh) {
-      const Range rows = outputs_at(window, kh, ih, ih + 1, pooled_h);
-      for (int64_t kw = 0; kw < window.size && rows.begin < rows.end; ++kw) {
-        const Range columns = outputs_at(window, kw, iw, iw + 1, pooled_w);
-        if (columns.begin >= columns.end) continue;
-        const Place place = static_cast<Place>(kh * window.size + kw);
-        const int64_t out =
-            ((n * pooled_h + rows.begin) * pooled_w + columns.begin) * shape.c + tile.channel;
-#pragma omp simd
-        for (int64_t i = 0; i < tile.channels; ++i) {
-          total[i] += to_acc(zero_if(static_cast<Place>(winners[out + i]) != place, grad[out + i]));
-        }
+    struct Window {
+      int64_t out;
+      Place place;
+    } windows[PoolWindow::kMaxSize * PoolWindow::kMaxSize];
+    int count = 0;
+    const Range rows = outputs_over(window, ih, pooled_h);
+    const Range columns = outputs_over(window, iw, pooled_w);
+    for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+      const int64_t kh = ih + window.padding - oh * window.stride;
+      for (int64_t ow = columns.begin; ow < columns.end; ++ow) {
+        const int64_t kw = iw + window.padding - ow * window.stride;
+        windows[count++] = {((n * pooled_h + oh) * pooled_w + ow) * shape.c,
+                            static_cast<Place>(kh * window.size + kw)};
       }
     }
-    const int64_t offset = ((n * shape.h + ih) * shape.w + iw) * shape.c + tile.channel;
+    const int64_t offset = ((n * shape.h + ih) * shape.w + iw) * shape.c;
     const Pool self = *this;
-#pragma omp simd
-    for (int64_t i = 0; i < tile.channels; ++i) {
-      g[offset + i] =
-          relu_gate(self.activation(offset + i, tile.channel + i), from_acc<T>(total[i]));
-    }
+    for_lanes<T, true>(tile.channel, tile.channel + tile.channels, [&](auto lanes, int64_t c) {
+      using L = decltype(lanes);
+      typename L::Values total{};
+      for (int i = 0; i < count; ++i) {
+        const int64_t o = windows[i].out + c;
+        const auto won = L::equals(L::load_bytes(winners + o), L::all_ints(windows[i].place));
+        total += L::keep_if(won, L::load(grad + o));
+      }
+      const auto u = L::rounded(self.normed(lanes, offset + c, c));
+      L::store(g + offset + c, L::gate(u, total));
+    });
   }
 
   void gather_nchw(const T* grad, const uint8_t* winners, T* g, int64_t n, int64_t c, int64_t ih,
                    int64_t iw, int64_t pixels) const {
+    using L = Scalar<T, false>;
     Acc total[kTile];
     std::fill_n(total, pixels, Acc(0));
     for (int64_t kh = 0; kh < window.size; ++kh) {
@@ -194,17 +233,18 @@ struct Pool {
         const int64_t stride = window.stride, shift = kw - window.padding - iw;
 #pragma omp simd
         for (int64_t o = columns.begin; o < columns.end; ++o) {
-          total[o * stride + shift] +=
-              to_acc(zero_if(static_cast<Place>(winners[out + o]) != place, grad[out + o]));
+          const auto won = L::equals(static_cast<Place>(winners[out + o]), place);
+          total[o * stride + shift] += L::keep_if(won, to_acc(grad[out + o]));
         }
       }
     }
     const int64_t offset = ((n * shape.c + c) * shape.h + ih) * shape.w + iw;
     const Pool self = *this;
-#pragma omp simd
-    for (int64_t i = 0; i < pixels; ++i) {
-      g[offset + i] = relu_gate(self.activation(offset + i, c), from_acc<T>(total[i]));
-    }
+    for_lanes<T, false>(0, pixels, [&](auto lanes, int64_t i) {
+      using W = decltype(lanes);
+      const auto u = W::rounded(self.normed(lanes, offset + i, c));
+      W::store(g + offset + i, W::gate(u, W::load_acc(total + i)));
+    });
   }
 
   void gather(const T* grad, const uint8_t* winners, T* g, const Tile& tile) const {
@@ -235,11 +275,12 @@ void bn_relu_maxpool_bwd(const BnReluMaxpoolBwdParams& p, int threads) {
 
   const T* const y = pool.y;
   const Acc* const mean = pool.mean;
-  sum_stage1<2, Acc>(
+  sum_stage1<2, T>(
       p.shape, threads, workspace, [&](const Tile& tile) { pool.gather(grad, p.winners, g, tile); },
-      [=](int64_t o, int64_t c) {
-        const Acc value = to_acc(g[o]);
-        return Terms<Acc>{value, value * (to_acc(y[o]) - mean[c])};
+      [=](auto lanes, int64_t o, int64_t c) {
+        using L = decltype(lanes);
+        const auto value = L::load(g + o);
+        return Factors<typename L::Values>{value, L::load(y + o) - L::channel(mean, c), {}};
       });
   Acc* const sums = static_cast<Acc*>(p.sums);
   sum_stage2(workspace, partial_rows(p.shape), 2 * p.shape.c, threads,
@@ -270,4 +311,4 @@ void launch_bn_relu_maxpool_bwd(const BnReluMaxpoolBwdParams& params, int thread
            [&](auto tag) { bn_relu_maxpool_bwd<typename decltype(tag)::type>(params, threads); });
 }
 
-}  // namespace fusedres
+}  // namespace fusedres::FUSEDRES_CPU_LEVEL

@@ -14,6 +14,7 @@ one for all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres._conv import Conv, Source, output_shape
+from fusedres._plans import Plan
+from fusedres._tensors import stored_format
 
 
 def convolution(
@@ -39,14 +42,27 @@ def convolution(
 
 
 def convolution_backward(
-    dy: Tensor, a: Tensor, weight: Tensor, conv: Conv, need_da: bool, need_dw: bool
+    dy: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    need_da: bool,
+    need_dw: bool,
+    compact: bool = False,  # da of the pixels alone that a 1x1 kernel reads
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad and wgrad by the library, in the compute dtype; None for what is not needed."""
     if a.size(0) == 0:
         return torch.zeros_like(a) if need_da else None, torch.zeros_like(
             weight
         ) if need_dw else None
+    whole, steps = a, conv.stride
+    samples = _sampling_pays(a, weight, conv)
+    if samples:
+        a, conv = _sampled(a, conv, stored_format(a))
     padded, padding = _pad(a, conv)
+    if not (need_da or need_dw):
+        return None, None
+    product = need_dw and _product_pays(dy, padded, weight, conv)
     da, dw, _ = torch.ops.aten.convolution_backward(
         dy,
         padded,
@@ -58,12 +74,48 @@ def convolution_backward(
         False,
         [0, 0],
         conv.groups,
-        [need_da, need_dw, False],
+        [need_da, need_dw and not product, False],
     )
+    if product:
+        rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (dy, a))
+        dw = torch.mm(next(rows).t(), next(rows)).view_as(weight)
     if need_da and padded is not a:
         top, _, left, _ = conv.padding
         da = da[:, :, top : top + a.size(2), left : left + a.size(3)]
+    if need_da and samples and not compact:
+        full = torch.zeros_like(whole)
+        full[:, :, :: steps[0], :: steps[1]] = da
+        da = full
+    if need_da and compact and not samples:
+        da = da[:, :, :: steps[0], :: steps[1]]
     return (da if need_da else None), (dw if need_dw else None)
+
+
+# On a CPU oneDNN's backward of a strided 1x1 reads and writes what it does not need; and for few
+# pixels its wgrad in bf16 is slower than its matrix product.
+_FEW_ROWS = 4096
+
+
+def _sampling_pays(a: Tensor, weight: Tensor, conv: Conv) -> bool:
+    strided = conv.stride != (1, 1) and conv.is_pointwise((weight.size(2), weight.size(3)))
+    return strided and a.device.type == "cpu"
+
+
+def _sampled(a: Tensor, conv: Conv, memory_format: torch.memory_format) -> tuple[Tensor, Conv]:
+    """The pixels that a strided 1x1 kernel reads, and the convolution of them."""
+    step_h, step_w = conv.stride
+    return a[:, :, ::step_h, ::step_w].contiguous(memory_format=memory_format), conv._replace(
+        stride=(1, 1)
+    )
+
+
+def _product_pays(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv) -> bool:
+    pointwise = conv.stride == (1, 1) and conv.is_pointwise((weight.size(2), weight.size(3)))
+    if not pointwise or a.device.type != "cpu" or a.dtype != torch.bfloat16:
+        return False
+    rows = a.size(0) * a.size(2) * a.size(3)
+    dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, a))
+    return dense and rows <= _FEW_ROWS
 
 
 def _pad(a: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int]]:
@@ -82,40 +134,58 @@ def materialise(light: Any, source: Source) -> Tensor:
 
 def conv_bn_bwd(
     light: Any,
+    wgrad: Callable[[Tensor, Source, Tensor, Conv], Tensor] | None,  # instead of the library's
     dy: Tensor,  # [N, K, OH, OW]
-    grad_a: Tensor | None,  # [N, C, H, W], the gradient of the emitted activation
+    grad_a: Tensor | None,  # of the emitted activation, or of every second row and column of it
     source: Source,
     a: Tensor | None,  # the activation, if it was emitted or kept
     weight: Tensor,  # [K, C / groups, R, S] in the compute dtype
     parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
     conv: Conv,
     from_x: bool,  # the activation follows from x alone
-    unmasked: bool,  # and g_in is to stay as dgrad leaves it; its sums are of what it is masked
+    plan: Plan,  # unmasked: g_in stays as dgrad leaves it; compact: of the pixels read alone
     need_input: bool,
     need_weight: bool,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """g_in [N, C, H, W], its sums [2, C], a Deferred residual's sums [2, C], and dw."""
-    if a is None:
+    own, dw = need_weight and wgrad is not None, None
+    if a is None and not (own and from_x):
         a = materialise(light, source)
-    da, dw = convolution_backward(dy, a, weight, conv, need_input, need_weight)
-    if dw is not None:
-        dw = stored_as(dw, parameter)
+    if own:
+        assert wgrad is not None
+        dw = wgrad(dy, source if a is None else Source.plain(a), parameter, conv)
+    shape = source.x if a is None else a
+    da, library_dw = convolution_backward(
+        dy, shape, weight, conv, need_input, need_weight and not own, plan.compact
+    )
+    if library_dw is not None:
+        dw = stored_as(library_dw, parameter)
     if da is None:
         return None, None, None, dw
     da = da.contiguous(memory_format=memory_format)
+    if grad_a is not None and grad_a.shape != da.shape:
+        da, grad_a = add_sampled(da, grad_a), None
     if source.mean is None:
         return (da if grad_a is None else da.add_(grad_a)), None, None, dw
-    if unmasked:
+    if plan.unmasked:
         sums = light.masked_sums(da, source.x, source.mean, source.scale, source.bias)
         return da, sums, None, dw
     mask = a if source.relu else None
     res_y = source.residual if source.res_mean is not None else None
-    affine = (source.scale, source.bias) if from_x else None
+    affine = (source.scale, source.bias) if from_x and source.relu else None
     g, sums, res_sums = light.bn_act_bwd(
         da, grad_a, mask, source.x, source.mean, res_y, source.res_mean, out=da, affine=affine
     )
     return g, sums, res_sums, dw
+
+
+def add_sampled(da: Tensor, sampled: Tensor) -> Tensor:
+    """da, where the gradient of every second row or column of its pixels joined."""
+    steps = (1 if s == e else 2 for s, e in zip(sampled.shape[2:], da.shape[2:], strict=True))
+    step_h, step_w = steps
+    da[:, :, ::step_h, ::step_w].add_(sampled)
+    return da
 
 
 def spread(grad: Tensor, x: Tensor) -> Tensor:

@@ -30,21 +30,8 @@ from fusedres.native.bn_act import bn_act_bwd, bn_act_fwd, masked_sums
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def batch_norm_stats(
-    y: Tensor,  # [N, C, H, W], on the CPU
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, [C] each; 0 for an empty y."""
-    check("batch_norm_stats", y)
-    c = require()
-    args = head(y)
-    mean, var = vectors(y), vectors(y)
-    work = workspace(c.batch_norm_stats_workspace(args), y)
-    c.batch_norm_stats(args, pointers(y, mean, var, work))
-    return mean, var
-
-
-class _OnGpu:
-    """What a forward kernel on a GPU takes of a BatchNorm, and what follows it."""
+class _Forward:
+    """What a forward kernel takes of a BatchNorm, and what follows it."""
 
     def __init__(
         self,
@@ -57,22 +44,30 @@ class _OnGpu:
         eps: float,
     ) -> None:
         self.statistics: Statistics = tuple(vectors(y) for _ in range(5))  # type: ignore[assignment]
-        amount = None
-        if isinstance(momentum, Tensor):
-            amount = momentum.detach()
-            if amount.dtype not in DTYPES:
-                amount = amount.float()
+        self.given = (running_mean, running_var, momentum)
+        amount = momentum.detach() if isinstance(momentum, Tensor) else None
+        values = [None if v is None else v.detach() for v in (bn_weight, bn_bias, amount)]
+        running = [None if v is None else v.detach() for v in (running_mean, running_var)]
+        dtype = stat_dtype(y.dtype)
+        self.in_torch = False
+        if y.device.type == "cpu":  # where kernels take vectors of one dtype
+            self.in_torch = any(v is not None and v.dtype != dtype for v in running)
+            values = [None if v is None else v.to(dtype) for v in values]
+            running = [None, None] if self.in_torch else running
+        elif amount is not None and amount.dtype not in DTYPES:
+            values[2] = amount.float()
+        self.stored = [None if v is None else v.contiguous() for v in (*values, *running)]
+        self.running = running
         self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
-        self.running = (running_mean, running_var)
-        self.stored = [
-            None if v is None else v.detach().contiguous()
-            for v in (bn_weight, bn_bias, amount, *self.running)
-        ]
         self.vectors = tuple(numbered(v) for v in self.stored)
-        self.tensors = pointers(y, *self.statistics)
+        self.results = pointers(*self.statistics)
 
-    def settle(self) -> Statistics:
-        """The statistics; running ones that had to be copied to be contiguous move too."""
+    def settle(self, count: int) -> Statistics:
+        """The statistics; running ones that the kernel could not move in place move too."""
+        running_mean, running_var, momentum = self.given
+        if self.in_torch and running_mean is not None and running_var is not None:
+            mean, var, *_ = self.statistics
+            update_running(running_mean, running_var, mean, var, momentum, count)
         for running, moved in zip(self.running, self.stored[3:], strict=True):
             if running is None or moved is None or running.data_ptr() == moved.data_ptr():
                 continue
@@ -95,22 +90,17 @@ def batch_norm_fwd(
     check("batch_norm_fwd", y)
     check_norm("batch_norm_fwd", y, *norm, training, momentum)
     args = head(y)
-    if not on_cpu(args):
-        c, gpu = require(), _OnGpu(y, *norm, momentum, eps)
-        given = (args, training, *gpu.numbers, gpu.vectors)
-        work = workspace(c.batch_norm_fwd_cuda_workspace(*given, (*gpu.tensors, 0)), y)
-        c.batch_norm_fwd_cuda(*given, (*gpu.tensors, work.data_ptr()))
-        return gpu.settle() if training else gpu.statistics
-    if training:
-        mean, var = batch_norm_stats(y)
-        if running_mean is not None and running_var is not None:
-            count = elements_per_channel(y)
-            update_running(running_mean, running_var, mean, var, momentum, count)
-    else:
+    if on_cpu(args) and not training:
         assert running_mean is not None and running_var is not None  # checked
         dtype = stat_dtype(y.dtype)
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
-    return mean, var, *normalizers(mean, var, bn_weight, bn_bias, eps)
+        return mean, var, *normalizers(mean, var, bn_weight, bn_bias, eps)
+    c, f = require(), _Forward(y, *norm, momentum, eps)
+    given = (args, training, *f.numbers, f.vectors)
+    tensors = (y.data_ptr(), *f.results)
+    work = workspace(c.batch_norm_fwd_workspace(*given, (*tensors, 0)), y)
+    c.batch_norm_fwd(*given, (*tensors, work.data_ptr()))
+    return f.settle(elements_per_channel(y)) if training else f.statistics
 
 
 def batch_norm_act_fwd(
@@ -131,15 +121,16 @@ def batch_norm_act_fwd(
     check_norm("batch_norm_act_fwd", y, *norm, training, momentum)
     args = head(y)
     if training and not on_cpu(args):
-        c, gpu = require(), _OnGpu(y, *norm, momentum, eps)
+        c, f = require(), _Forward(y, *norm, momentum, eps)
         a = like(y)
         act = pointers(y, None, None, None, residual, None, None, None, a)
-        given: tuple[Any, ...] = (args, *gpu.numbers, gpu.vectors)
-        size = c.batch_norm_act_fwd_cuda_workspace(*given, (*gpu.tensors, 0), relu, act)
+        given: tuple[Any, ...] = (args, *f.numbers, f.vectors)
+        tensors = (y.data_ptr(), *f.results)
+        size = c.batch_norm_act_fwd_cuda_workspace(*given, (*tensors, 0), relu, act)
         if size > 0:
             work = workspace(size, y)
-            if c.batch_norm_act_fwd_cuda(*given, (*gpu.tensors, work.data_ptr()), relu, act):
-                return a, gpu.settle()
+            if c.batch_norm_act_fwd_cuda(*given, (*tensors, work.data_ptr()), relu, act):
+                return a, f.settle(elements_per_channel(y))
     statistics = batch_norm_fwd(y, *norm, training, momentum, eps)
     mean, _, _, scale, bias = statistics
     return bn_act_fwd(y, mean, scale, bias, residual, None, None, None, relu), statistics
@@ -161,27 +152,30 @@ def batch_norm_bwd(
     per_channel: dict[str, Tensor | None] = {"mean": mean, "scale": scale, "rstd": rstd}
     per_channel |= {"sums": sums, "mask_bias": mask_bias}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
-    for dtype in (weight_dtype, bias_dtype):
+    types = (weight_dtype, bias_dtype)
+    for dtype in types:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"batch_norm_bwd: a gradient cannot be {dtype}")
     dy = like(y)
     args = head(y)
+    if y.numel() == 0 and not on_cpu(args):
+        return dy, *parameter_gradients(sums, rstd, *types)
+    work, kernels_own = None, types
     if on_cpu(args):
-        work = vectors(y, 2)  # named, so that it lives as long as its address is in use
         if mask_bias is not None:
             raise ValueError("batch_norm_bwd: mask_bias is for a GPU")
-        inputs = pointers(g, y, mean, scale, rstd, sums, None, dy, work)
-        require().batch_norm_bwd(args, training, inputs, (0, 0), (0, 0))
-        return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
-    if y.numel() == 0:
-        return dy, *parameter_gradients(sums, rstd, weight_dtype, bias_dtype)
-    dweight, dbias = (
-        None if dtype is None else torch.empty(y.size(1), dtype=dtype, device=y.device)
-        for dtype in (weight_dtype, bias_dtype)
-    )
-    inputs = pointers(g, y, mean, scale, rstd, sums, mask_bias, dy, None)
-    require().batch_norm_bwd(args, training, inputs, numbered(dweight), numbered(dbias))
-    return dy, dweight, dbias
+        work = vectors(y, 2)
+        kernels_own = tuple(t if t == sums.dtype else None for t in types)  # type: ignore[assignment]
+    made = [
+        None if t is None else torch.empty(y.size(1), dtype=t, device=y.device) for t in kernels_own
+    ]
+    inputs = pointers(g, y, mean, scale, rstd, sums, mask_bias, dy, work)
+    require().batch_norm_bwd(args, training, inputs, *map(numbered, made))
+    if kernels_own != types:
+        left = (t if own is None else None for t, own in zip(types, kernels_own, strict=True))
+        rest = parameter_gradients(sums, rstd, *left)
+        made = [r if m is None else m for m, r in zip(made, rest, strict=True)]
+    return dy, made[0], made[1]
 
 
 def batch_norm_act_bwd(

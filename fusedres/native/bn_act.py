@@ -57,7 +57,7 @@ def bn_act_bwd(
     """(g, sums [2, C], res_sums [2, C] or None).
 
     g is grad itself where there is nothing to change (neither `a` nor `grad_extra`) and no `out`.
-    On a GPU an activation that follows from y alone is not read, but computed anew.
+    An activation that follows from y alone is not read, but computed anew; `a` may be None then.
     """
     if (res_y is None) != (res_mean is None):
         raise ValueError("bn_act_bwd: res_y and res_mean come together")
@@ -66,7 +66,7 @@ def bn_act_bwd(
     vectors_given = {"mean": mean, "res_mean": res_mean, "own_scale": scale, "own_bias": bias}
     check("bn_act_bwd", y, full, vectors_given)
     args = head(y)
-    if a is not None or grad_extra is not None:
+    if a is not None or affine is not None or grad_extra is not None:
         g = like(y) if out is None else out
     elif out is None or out is grad:
         g = grad
@@ -74,7 +74,7 @@ def bn_act_bwd(
         grad = g = out.copy_(grad)
     sums = vectors(y, 2)
     res_sums = None if res_y is None else vectors(y, 2)
-    if on_cpu(args) or a is None or res_y is not None:
+    if res_y is not None:
         scale = bias = None
     masks = (a, None, None) if scale is None else (None, scale, bias)
     _run(args, y, grad, grad_extra, masks, mean, res_y, res_mean, g, sums, res_sums)

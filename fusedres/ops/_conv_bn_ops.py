@@ -162,31 +162,36 @@ def _library_bwd(
     """By light passes and the library; by our own dgrad in the plan "epilogue"."""
     source, conv, parameter = operands.source, operands.conv, operands.weight
     light, a, grad_a = backends.kernels(o.backend, "bn_act"), o.a, o.grad_a
+    # an activation that was emitted may hold a residual, which is not saved then
+    from_x = source.residual is None and (a is None or plan.keep)
     apply = backends.kernels(o.backend, "batch_norm").batch_norm_bwd
     masked = {} if o.y_bias is None else {"mask_bias": o.y_bias}
     types = (o.bn_weight_dtype, o.bn_bias_dtype)
     own = (up.y, up.mean, up.scale, up.rstd, up.sums)
     dy, *gradients = apply(up.g, *own, up.training, *types, **masked)
-    # an activation that was emitted may hold a residual, which is not saved then
-    from_x = source.residual is None and (a is None or plan.keep)
-    if grad_a is not None and grad_a.shape != source.x.shape:
-        grad_a = split.spread(grad_a, source.x)
     dw = None
     if plan.base == "epilogue" and o.need_input:
+        if grad_a is not None and grad_a.shape != source.x.shape:
+            grad_a = split.spread(grad_a, source.x)
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_dgrad
         g_in, sums, res_sums = kernel(source, weight, conv, a, up, dy, grad_a)
+        if plan.compact:
+            step_h, step_w = conv.stride
+            g_in = g_in[:, :, ::step_h, ::step_w].contiguous(memory_format=memory_format_of(g_in))
         if o.need_weight:
             a = split.materialise(light, source) if a is None else a
             _, dw = split.convolution_backward(dy, a, weight, conv, False, True)
             dw = None if dw is None else split.stored_as(dw, parameter)
     else:
+        wgrad = None
+        if o.backend == "cpp":
+            kernels = backends.kernels("cpp", "conv_bn")
+            ready = source if a is None else Source.plain(a)
+            wgrad = kernels.conv_bn_wgrad if kernels.serves_wgrad(ready, parameter, conv) else None
         g_in, sums, res_sums, dw = split.conv_bn_bwd(
-            light, dy, grad_a, source, a, weight, parameter, conv, from_x, plan.unmasked,
+            light, wgrad, dy, grad_a, source, a, weight, parameter, conv, from_x, plan,
             o.need_input, o.need_weight, memory_format_of(source.x),
         )  # fmt: skip
-    if g_in is not None and plan.compact:
-        step_h, step_w = conv.stride
-        g_in = g_in[:, :, ::step_h, ::step_w].contiguous(memory_format=memory_format_of(source.x))
     return g_in, sums, res_sums, dw, *gradients
 
 

@@ -251,7 +251,8 @@ def _of_emitted(
     """The gradient of what was emitted: of every pixel, or of those that were sampled."""
     if sampled is not None:
         sampled = contract.dense(sampled, memory_format)
-        if grad_a is None and config.conv.stride == (1, 1) and base_of(config.plan) == "fused":
+        joins = base_of(config.plan) == "fused" or config.backend == "cpp"
+        if grad_a is None and config.conv.stride == (1, 1) and joins:
             return sampled
         spread = split.spread(sampled, x)
         grad_a = spread if grad_a is None else grad_a + spread

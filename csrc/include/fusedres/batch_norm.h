@@ -10,14 +10,26 @@
 
 namespace fusedres {
 
-// mean[c] and biased var[c] of y over (N, H, W). An empty tensor has mean 0 and var 0.
-struct BatchNormStatsParams {
+// Statistics of y and all that follows from them per channel. In training mean and biased var are
+// the batch's and running statistics move towards mean and unbiased var; else they are copies of
+// the running ones, and y is not read. On the CPU all vectors are of mean's type. An empty tensor
+// has mean 0 and var 0.
+struct BatchNormFwdParams {
   DType dtype;
   Shape shape;
-  const void* y;    // [N, C, H, W]
-  void* mean;       // [C], float (double for a double y)
-  void* var;        // [C], the same
-  void* workspace;  // double [partial_rows(shape), 2, C]
+  bool training;
+  double momentum, eps;
+  const void* y;                // [N, C, H, W]
+  ConstVector weight, bias;     // [C], or null for ones and zeros
+  ConstVector momentum_vector;  // [1], counts instead of momentum, or null
+  MutableVector running_mean;   // [C], moved if training, else read; or null
+  MutableVector running_var;    // [C], the same
+  void* mean;                   // [C], float (double for a double y); as are the next four
+  void* var;                    // [C], biased
+  void* rstd;                   // [C]
+  void* scale;                  // [C] = weight*rstd
+  void* shift;                  // [C], a copy of bias
+  void* workspace;  // CPU: double [partial_rows(shape), 1 + 2*C]; CUDA: *_workspace() bytes
 };
 
 // dy = scale*g + c0 + c1*(y - mean), with c0 = -scale*S0/M and c1 = -scale*rstd^2*S1/M in training,
@@ -36,35 +48,14 @@ struct BatchNormBwdParams {
   const void* bias;       // [C], like mean, or null: g is masked already
   void* dy;               // [N, C, H, W], may be g or y itself
   void* workspace;        // CPU: [2, C], like sums: c0 and c1
-  MutableVector dweight;  // CUDA: [C] = S1*rstd, or null
-  MutableVector dbias;    // CUDA: [C] = S0, or null
+  MutableVector dweight;  // [C] = S1*rstd, or null; on the CPU of mean's type, as is dbias
+  MutableVector dbias;    // [C] = S0, or null
 };
 
-void launch_batch_norm_stats(const BatchNormStatsParams& params, int threads);
+void launch_batch_norm_fwd(const BatchNormFwdParams& params, int threads);
 void launch_batch_norm_bwd(const BatchNormBwdParams& params, int threads);
 
 #ifdef FUSEDRES_WITH_CUDA
-// Statistics of y and all that follows from them per channel. In training mean and biased var are
-// the batch's and running statistics move towards mean and unbiased var; else they are copies of
-// the running ones, and y is not read.
-struct BatchNormFwdParams {
-  DType dtype;
-  Shape shape;
-  bool training;
-  double momentum, eps;
-  const void* y;                // [N, C, H, W]
-  ConstVector weight, bias;     // [C], or null for ones and zeros
-  ConstVector momentum_vector;  // [1], counts instead of momentum, or null
-  MutableVector running_mean;   // [C], moved if training, else read; or null
-  MutableVector running_var;    // [C], the same
-  void* mean;                   // [C], float (double for a double y); as are the next four
-  void* var;                    // [C], biased
-  void* rstd;                   // [C]
-  void* scale;                  // [C] = weight*rstd
-  void* shift;                  // [C], a copy of bias
-  void* workspace;              // batch_norm_fwd_workspace() bytes
-};
-
 // On the given device and stream; `config` tells what was launched, for error messages.
 cudaError_t launch_batch_norm_fwd(const BatchNormFwdParams& params, const CudaTarget& target,
                                   LaunchConfig* config);

@@ -30,8 +30,8 @@ struct BnActFwdParams {
 // da = grad [+ grad_extra];  g = a <= 0 ? 0 : da, rounded to the dtype;  over the rounded g:
 //   sums     = (sum g, sum g*(y - mean))
 //   res_sums = (sum g, sum g*(res_y - res_mean))
-// On the GPU scale and bias may stand in for an activation without a residual, which is then
-// computed from y anew, to the same bits; and g may be null there: only the sums are wanted.
+// Scale and bias may stand in for an activation without a residual, which is then computed from y
+// anew, to the same bits. On the GPU g may be null: only the sums are wanted.
 struct BnActBwdParams {
   DType dtype;
   Shape shape;

@@ -37,9 +37,9 @@ struct MutableVector {
 
 // Rows of the partial results that a per-channel reduction leaves for its second stage, from the
 // sizes alone: neither the thread count nor the machine may change the order of a sum. An NHWC
-// tensor is cut into blocks of at least 64 pixels, an NCHW tensor into its images.
+// tensor is cut into blocks of at least 128 pixels, an NCHW tensor into its images.
 inline int64_t partial_rows(const Shape& shape) {
-  constexpr int64_t kMinRows = 64, kMaxPartials = 1024;
+  constexpr int64_t kMinRows = 128, kMaxPartials = 256;
   if (!shape.channels_inner()) return shape.n;
   const int64_t blocks = ceil_div(shape.rows(), kMinRows);
   return blocks < kMaxPartials ? blocks : kMaxPartials;

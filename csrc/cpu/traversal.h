@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/lanes.h"
 #include "fusedres/types.h"
 
-namespace fusedres {
+namespace fusedres::FUSEDRES_CPU_LEVEL {
 
 // Calls body(i) for i in [0, items). `work` is the number of elements behind all items: below a
 // few microseconds of it, waking the other threads costs more than they save.
@@ -19,17 +20,19 @@ void parallel_for(int64_t items, int64_t work, int threads, const Body& body) {
   for (int64_t i = 0; i < items; ++i) body(i);
 }
 
-// Calls f(begin, end) on pieces of [0, numel).
-template <class F>
-void for_each_range(int64_t numel, int threads, const F& f) {
+// Calls f(lanes, offset) on every element of [0, numel).
+template <class T, class F>
+void for_each_element(int64_t numel, int threads, const F& f) {
   constexpr int64_t kPiece = 1 << 13;
-  parallel_for(ceil_div(numel, kPiece), numel, threads,
-               [&](int64_t i) { f(i * kPiece, std::min(numel, (i + 1) * kPiece)); });
+  parallel_for(ceil_div(numel, kPiece), numel, threads, [&](int64_t i) {
+    const F local = f;
+    for_lanes<T, true>(i * kPiece, std::min(numel, (i + 1) * kPiece), local);
+  });
 }
 
-// Calls f(offset, channel) for every element. f is copied into each item, so that what it captures
-// by value sits in registers: through a reference, each store could change it.
-template <class F>
+// Calls f(lanes, offset, channel) for every element. f is copied into each item, so that what it
+// captures by value sits in registers: through a reference, each store could change it.
+template <class T, class F>
 void elementwise(const Shape& shape, int threads, const F& f) {
   const int64_t channels = shape.c;
   if (shape.channels_inner()) {
@@ -40,8 +43,8 @@ void elementwise(const Shape& shape, int threads, const F& f) {
       const int64_t end = std::min(rows, (i + 1) * block);
       for (int64_t row = i * block; row < end; ++row) {
         const int64_t offset = row * channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) local(offset + c, c);
+        for_lanes<T, true>(0, channels,
+                           [&](auto lanes, int64_t c) { local(lanes, offset + c, c); });
       }
     });
   } else {
@@ -49,10 +52,9 @@ void elementwise(const Shape& shape, int threads, const F& f) {
     parallel_for(shape.n * channels, shape.numel(), threads, [&](int64_t plane) {
       const F local = f;
       const int64_t offset = plane * pixels, c = plane % channels;
-#pragma omp simd
-      for (int64_t i = 0; i < pixels; ++i) local(offset + i, c);
+      for_lanes<T, false>(0, pixels, [&](auto lanes, int64_t i) { local(lanes, offset + i, c); });
     });
   }
 }
 
-}  // namespace fusedres
+}  // namespace fusedres::FUSEDRES_CPU_LEVEL

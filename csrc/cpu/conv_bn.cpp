@@ -1,0 +1,377 @@
+// The weight gradient of a convolution on the CPU, with the activation in front of it computed on
+// the way: dw = dy^T a as a sum of outer products over pixels, tap by tap. In NHWC a pixel's
+// channels lie side by side in both operands, so neither is transposed.
+//
+// Work is split over slices of pixels and blocks of kFilters filters. An item takes kDepth pixels
+// at a time: dy goes into panels of some filters; then for every tap and every 32 channels the
+// activation goes into a panel that fits the L1 cache, and meets all panels of dy. A microkernel
+// holds 8 x 32 sums in registers over the depth. Slices are added in order at the end. In bf16,
+// where the machine multiplies pairs of it, two pixels share a word of a panel; else panels are
+// float.
+//
+// Reads dy once, and x once for each block of filters and each tap, from cache but for the first.
+#include "fusedres/conv_bn.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cpu/traversal.h"
+
+namespace fusedres::FUSEDRES_CPU_LEVEL {
+namespace {
+
+constexpr int kRows = ConvBnWgradParams::kOutBlock;    // filters of a microkernel
+constexpr int kColumns = ConvBnWgradParams::kInBlock;  // channels of a microkernel
+constexpr int64_t kSteps = 128, kFilters = 128, kChannels = 512;
+
+using L = Vector<float, true>;
+using Values = L::Values;
+using Words = VectorOf<uint32_t, L::kCount>::type;
+constexpr int kVectors = kColumns / L::kCount;
+constexpr int64_t kLeft = std::max(kRows, L::kCount);  // filters side by side in a panel
+
+// How many pixels a word of a panel holds.
+template <class T>
+#ifdef __AVX512BF16__
+constexpr int kPair = std::is_same_v<T, BFloat16> ? 2 : 1;
+#else
+constexpr int kPair = 1;
+#endif
+
+template <int kPixels>
+FUSEDRES_HOST_DEVICE Values multiply_add(Words left, Words right, Values sum) {
+#ifdef __AVX512BF16__
+  if constexpr (kPixels == 2) {
+    return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(left), bits_as<__m512bh>(right));
+  }
+#endif
+  return L::fma(bits_as<Values>(left), bits_as<Values>(right), sum);
+}
+
+// What a microkernel fetches meanwhile, a line a step: in a burst, fetches would wait for each
+// other.
+struct Ahead {
+  const char* line;
+  int64_t pitch;
+};
+
+// tile[8][32] += left panel [steps][8 of kLeft] x right panel [steps][32].
+template <int kPixels>
+void microkernel(const uint32_t* left, const uint32_t* right, int64_t steps, float* tile,
+                 Ahead ahead) {
+  // Few registers hold few sums: a narrow vector goes over its columns in turns.
+  constexpr int kAtOnce = kVectorBytes == 64 ? kVectors : 1;
+  for (int first = 0; first < kVectors; first += kAtOnce) {
+    Values sums[kRows][kAtOnce];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kAtOnce; ++v) {
+        sums[r][v] = L::load_acc(tile + r * kColumns + (first + v) * L::kCount);
+      }
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      __builtin_prefetch(ahead.line + step * ahead.pitch);
+      Words columns[kAtOnce];
+#pragma GCC unroll 2
+      for (int v = 0; v < kAtOnce; ++v) {
+        memcpy(&columns[v], right + step * kColumns + (first + v) * L::kCount, sizeof columns[v]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Words row = Words{} + left[step * kLeft + r];
+#pragma GCC unroll 2
+        for (int v = 0; v < kAtOnce; ++v) {
+          sums[r][v] = multiply_add<kPixels>(row, columns[v], sums[r][v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kAtOnce; ++v) {
+        L::store_acc(tile + r * kColumns + (first + v) * L::kCount, sums[r][v]);
+      }
+    }
+  }
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+template <class T>
+struct Wgrad {
+  const ConvBnWgradParams& p;
+  const T* dy;
+  const T* x;
+  const float *mean, *scale, *bias;
+
+  static constexpr int64_t kDepth = kSteps * kPair<T>;  // pixels
+
+  explicit Wgrad(const ConvBnWgradParams& params)
+      : p(params),
+        dy(static_cast<const T*>(p.dy)),
+        x(static_cast<const T*>(p.x)),
+        mean(static_cast<const float*>(p.mean)),
+        scale(static_cast<const float*>(p.scale)),
+        bias(static_cast<const float*>(p.bias)) {}
+
+  using Lane = Vector<T, true>;
+  static_assert(Lane::kCount == L::kCount);
+
+  // One word for each lane: its value, or those of two pixels, rounded to the dtype.
+  static FUSEDRES_HOST_DEVICE Words word(Values first, Values second) {
+#ifdef __AVX512BF16__
+    if constexpr (kPair<T> == 2) {
+      // lanes 0, 16, 1, 17, ..: one half of each
+      alignas(64) static constexpr uint16_t kOrder[32] = {
+          0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+      const auto both = bits_as<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      return bits_as<Words>(_mm512_permutexvar_epi16(raw<__m512i>(kOrder), both));
+    }
+#endif
+    (void)second;
+    return bits_as<Words>(Lane::rounded(first));
+  }
+  template <class To, class From>
+  static FUSEDRES_HOST_DEVICE To raw(const From* p) {
+    To to;
+    memcpy(&to, p, sizeof to);
+    return to;
+  }
+  // The same of what is stored already.
+  static FUSEDRES_HOST_DEVICE Words word(const T* first, const T* second) {
+    const Words one = first == nullptr ? Words{} : bits_as<Words>(Lane::load(first));
+    if constexpr (kPair<T> == 2) {
+      return (one >> 16) | (second == nullptr ? Words{} : bits_as<Words>(Lane::load(second)));
+    } else {
+      return one;
+    }
+  }
+
+  // Panels [filters / kLeft][steps][kLeft] of dy's pixels from `row` on, filters from `filter` on.
+  void pack_left(int64_t row, int64_t rows, int64_t filter, int64_t filters,
+                 uint32_t* panels) const {
+    const int64_t steps = ceil_div(rows, kPair<T>), width = p.output.c;
+    for (int64_t step = 0; step < steps; ++step) {
+      const T* const first = dy + (row + step * kPair<T>)*width + filter;
+      const T* const second = kPair<T> == 2 && step * 2 + 1 < rows ? first + width : nullptr;
+      int64_t k = 0;
+      for (; k + kLeft <= filters; k += kLeft) {
+        for (int64_t i = 0; i < kLeft; i += L::kCount) {
+          const T* const next = second == nullptr ? nullptr : second + k + i;
+          const Words words = word(first + k + i, next);
+          memcpy(panels + (k * steps + step * kLeft) + i, &words, sizeof words);
+        }
+      }
+      for (int64_t i = 0; k + i < filters; ++i) {
+        uint32_t one = bits_as<uint32_t>(Single::load(first + k + i));
+        if (kPair<T> == 2) {
+          one >>= 16;
+          if (second != nullptr) one |= bits_as<uint32_t>(Single::load(second + k + i));
+        }
+        panels[k * steps + step * kLeft + i] = one;
+      }
+    }
+  }
+  using Single = Scalar<T, true>;
+
+  FUSEDRES_HOST_DEVICE Values activation(int64_t offset, Values center, Values factor,
+                                         Values shift) const {
+    if (offset < 0) return Values{};
+    const Values u = L::fma(Lane::load(x + offset) - center, factor, shift);
+    return p.relu ? L::gate(u, u) : u;
+  }
+
+  // The panel [steps][32] of the activation for channels from `channel` on. A pixel outside of the
+  // input has offset -1.
+  template <bool kPrologue>
+  void pack_right(const int64_t* offsets, int64_t rows, int64_t channel, uint32_t* panel) const {
+    for (int v = 0; v < kVectors; ++v, channel += L::kCount, panel += L::kCount) {
+      Values center{}, factor{}, shift{};
+      if constexpr (kPrologue) {
+        center = L::load_acc(mean + channel);
+        factor = L::load_acc(scale + channel);
+        shift = L::load_acc(bias + channel);
+      }
+      for (int64_t row = 0; row < rows; row += kPair<T>) {
+        const int64_t first = offsets[row] < 0 ? -1 : offsets[row] + channel;
+        int64_t second = -1;
+        if (kPair<T> == 2 && row + 1 < rows && offsets[row + 1] >= 0) {
+          second = offsets[row + 1] + channel;
+        }
+        Words words;
+        if constexpr (kPrologue) {
+          words = word(activation(first, center, factor, shift),
+                       kPair<T> == 2 ? activation(second, center, factor, shift) : Values{});
+        } else {
+          words = word(first < 0 ? nullptr : x + first, second < 0 ? nullptr : x + second);
+        }
+        memcpy(panel + row / kPair<T> * kColumns, &words, sizeof words);
+      }
+    }
+  }
+
+  // Where a window's corner lies for some output pixels, one after the other.
+  struct Corners {
+    int64_t image[kDepth], ih[kDepth], iw[kDepth];
+  };
+  void find_corners(int64_t row, int64_t rows, Corners& corners) const {
+    const Shape& out = p.output;
+    int64_t ow = row % out.w, oh = row / out.w % out.h, n = row / out.hw();
+    for (int64_t i = 0; i < rows; ++i) {
+      corners.image[i] = n * p.input.hw();
+      corners.ih[i] = oh * p.window.stride_h - p.window.top;
+      corners.iw[i] = ow * p.window.stride_w - p.window.left;
+      if (++ow < out.w) continue;
+      ow = 0;
+      if (++oh < out.h) continue;
+      oh = 0;
+      ++n;
+    }
+  }
+
+  // Where the input pixels of a tap begin, -1 outside of the input.
+  void find_inputs(const Corners& corners, int64_t rows, int64_t tap, int64_t* offsets) const {
+    const int64_t down = tap / p.window.width * p.window.dilation_h;
+    const int64_t right = tap % p.window.width * p.window.dilation_w;
+    const int64_t height = p.input.h, width = p.input.w, channels = p.input.c;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t ih = corners.ih[i] + down, iw = corners.iw[i] + right;
+      const bool inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width);
+      offsets[i] = inside ? (corners.image[i] + ih * width + iw) * channels : -1;
+    }
+  }
+
+  // The sums of a microkernel, of [taps, K / 8, C / 32, 8, 32].
+  float* tile(float* out, int64_t tap, int64_t filter, int64_t channel) const {
+    const int64_t across = p.input.c / kColumns, down = p.output.c / kRows;
+    return out + ((tap * down + filter / kRows) * across + channel / kColumns) * kRows * kColumns;
+  }
+
+  // Lines of the pixels that come after those from `row` on: of the input's 32 channels in the
+  // first turns of a panel, then of the gradient, until all of them are fetched.
+  Ahead next_line(int64_t turn, const Corners& corners, int64_t row, int64_t channel,
+                  int64_t filter, int64_t& fetched) const {
+    constexpr int64_t kLine = 64, kOfInput = kColumns * sizeof(T) / kLine * kPair<T>;
+    if (turn < kOfInput) {
+      const int64_t pixel = p.window.stride_w * p.input.c;
+      const int64_t first = (corners.image[0] + corners.ih[0] * p.input.w + corners.iw[0]);
+      const T* const next = x + first * p.input.c + channel + (kDepth + turn % kPair<T>)*pixel;
+      const int64_t line = turn / kPair<T> * kLine;
+      return {reinterpret_cast<const char*>(next) + line,
+              pixel * kPair<T> * static_cast<int64_t>(sizeof(T))};
+    }
+    const int64_t width = p.output.c, line = fetched / kPair<T> * kLine;
+    const T* const next = dy + (row + kDepth + fetched % kPair<T>)*width + filter;
+    if (line < kFilters * static_cast<int64_t>(sizeof(T))) ++fetched;
+    return {reinterpret_cast<const char*>(next) + line,
+            width * kPair<T> * static_cast<int64_t>(sizeof(T))};
+  }
+
+  // dw over pixels [begin, end), of some filters and channels.
+  template <bool kPrologue>
+  void item(int64_t begin, int64_t end, Range filters, Range channels, float* out) const {
+    alignas(64) uint32_t left[kSteps * kFilters], right[kSteps * kColumns];
+    int64_t offsets[kDepth];
+    Corners corners;
+    const int64_t taps = p.window.taps();
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t k = filters.begin; k < filters.end; k += kRows) {
+        const int64_t width = (channels.end - channels.begin) * kRows;
+        std::fill_n(tile(out, tap, k, channels.begin), width, 0.0f);
+      }
+    }
+    for (int64_t row = begin; row < end; row += kDepth) {
+      const int64_t rows = std::min(kDepth, end - row), steps = ceil_div(rows, kPair<T>);
+      pack_left(row, rows, filters.begin, filters.end - filters.begin, left);
+      find_corners(row, rows, corners);
+      int64_t fetched = 0;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        find_inputs(corners, rows, tap, offsets);
+        for (int64_t c = channels.begin; c < channels.end; c += kColumns) {
+          pack_right<kPrologue>(offsets, rows, c, right);
+          for (int64_t k = 0; k < filters.end - filters.begin; k += kRows) {
+            const Ahead ahead =
+                next_line(tap == 0 ? k / kRows : kFilters, corners, row, c, filters.begin, fetched);
+            const uint32_t* const panel = left + k / kLeft * kLeft * steps + k % kLeft;
+            microkernel<kPair<T>>(panel, right, steps, tile(out, tap, filters.begin + k, c), ahead);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Pixels are cut into so many slices, each with a dw of its own, by sizes alone.
+int64_t slices(const ConvBnWgradParams& p) {
+  constexpr int64_t kLeastRows = 1024, kMost = 16, kMostBytes = 8 << 20;
+  const int64_t bytes = p.window.taps() * p.input.c * p.output.c * 4;
+  const int64_t most = std::clamp<int64_t>(kMostBytes / std::max<int64_t>(bytes, 1), 1, kMost);
+  return std::clamp<int64_t>(p.output.rows() / kLeastRows, 1, most);
+}
+
+template <class T>
+void conv_bn_wgrad(const ConvBnWgradParams& p, int threads) {
+  const Wgrad<T> wgrad(p);
+  const int64_t parts = slices(p), rows = p.output.rows();
+  const int64_t filters = p.output.c, channels = p.input.c, taps = p.window.taps();
+  const int64_t down = ceil_div(filters, kFilters), across = ceil_div(channels, kChannels);
+  const int64_t size = taps * filters * channels;
+  float* const partials = static_cast<float*>(p.workspace);
+  parallel_for(parts * down * across, rows * filters, threads, [&](int64_t i) {
+    const int64_t part = i / (down * across), k = i / across % down * kFilters;
+    const int64_t c = i % across * kChannels;
+    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+    const Range own{k, std::min(filters, k + kFilters)}, in{c, std::min(channels, c + kChannels)};
+    if (p.mean != nullptr) {
+      wgrad.template item<true>(begin, end, own, in, partials + part * size);
+    } else {
+      wgrad.template item<false>(begin, end, own, in, partials + part * size);
+    }
+  });
+  parallel_for(filters, parts * size, threads, [&](int64_t k) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      float* const target = p.dw + k * p.stride_k + tap / p.window.width * p.stride_r +
+                            tap % p.window.width * p.stride_s;
+      for (int64_t c = 0; c < channels; c += kColumns) {
+        const float* const source = wgrad.tile(partials, tap, k, c) + k % kRows * kColumns;
+        float sums[kColumns];
+        std::copy_n(source, kColumns, sums);
+        for (int64_t part = 1; part < parts; ++part) {
+          const float* const other = source + part * size;
+#pragma omp simd
+          for (int i = 0; i < kColumns; ++i) sums[i] += other[i];
+        }
+        for (int64_t i = 0; i < kColumns; ++i) target[(c + i) * p.stride_c] = sums[i];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+int64_t conv_bn_wgrad_workspace(const ConvBnWgradParams& p) {
+  return slices(p) * p.window.taps() * p.input.c * p.output.c * static_cast<int64_t>(sizeof(float));
+}
+
+void launch_conv_bn_wgrad(const ConvBnWgradParams& params, int threads) {
+  const bool blocks = params.input.c % ConvBnWgradParams::kInBlock == 0 &&
+                      params.output.c % ConvBnWgradParams::kOutBlock == 0;
+  const bool nhwc = params.input.channels_inner() && params.output.channels_inner();
+  if (!blocks || !nhwc) {
+    throw std::invalid_argument("conv_bn_wgrad: needs NHWC, channels in blocks of 32 and 8");
+  }
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return conv_bn_wgrad<float>(params, threads);
+    case DType::kBFloat16:
+      return conv_bn_wgrad<BFloat16>(params, threads);
+    default:
+      throw std::invalid_argument("conv_bn_wgrad: serves float32 and bfloat16");
+  }
+}
+
+}  // namespace fusedres::FUSEDRES_CPU_LEVEL
