@@ -56,6 +56,8 @@ def check(
     `full` tensors are to be stored exactly as y is, `per_channel` ones [C] or, if sums, [2, C], in
     the dtype of y's statistics.
     """
+    if _fits(y, full, per_channel, devices, memory_format):
+        return
     strided = isinstance(y, Tensor) and y.layout == torch.strided
     if not strided or y.dim() != 4 or y.device.type not in devices or y.dtype not in DTYPES:
         places = " or ".join(devices)
@@ -73,6 +75,47 @@ def check(
                 f"{op}: {label} must be contiguous {dtype} {list(shape)} on {y.device}, got "
                 f"{described(v)}"
             )
+
+
+def _fits(
+    y: Tensor,
+    full: Mapping[str, Tensor | None],
+    per_channel: Mapping[str, Tensor | None],
+    devices: Collection[str],
+    memory_format: torch.memory_format | None,
+) -> bool:
+    """Whether all is as `check` wants it, found out with little work: this stands in front of every
+    kernel, and the long way is for what is odd or wrong.
+    """
+    try:
+        dtype, device, shape, stride = y.dtype, y.device, y.shape, y.stride()
+        known = y.layout is torch.strided and device.type in devices and dtype in DTYPES
+        if not known or y.dim() != 4 or not y.is_contiguous(memory_format=torch.channels_last):
+            return False
+        if memory_format is torch.contiguous_format or stride[1] != 1 or shape[1] == 1:
+            return False
+        for name, t in full.items():
+            if t is None:
+                if name not in OPTIONAL:
+                    return False
+            elif t.dtype is not dtype or t.shape != shape or t.stride() != stride:
+                return False
+            elif t.device != device:
+                return False
+        dtype = stat_dtype(dtype)
+        for name, t in per_channel.items():
+            if t is None:
+                if name not in OPTIONAL:
+                    return False
+            elif t.dtype is not dtype or t.size(-1) != shape[1] or not t.is_contiguous():
+                return False
+            elif t.device != device or t.dim() != (2 if "sums" in name else 1):
+                return False
+            elif t.dim() == 2 and t.size(0) != 2:
+                return False
+    except (AttributeError, RuntimeError, IndexError):
+        return False  # no tensor, or one without strides
+    return True
 
 
 def check_dense(

@@ -34,9 +34,9 @@ Range outputs_at(const PoolWindow& window, int64_t k, int64_t begin, int64_t end
 
 // Outputs o in [0, pooled) whose window holds input i.
 Range outputs_over(const PoolWindow& window, int64_t i, int64_t pooled) {
-  const int64_t first = i + window.padding - window.size + 1, last = i + window.padding;
-  return {first <= 0 ? 0 : ceil_div(first, window.stride),
-          std::min<int64_t>(pooled, last / window.stride + 1)};
+  const uint32_t last = static_cast<uint32_t>(i + window.padding), stride = window.stride;
+  const uint32_t size = window.size, begin = last < size ? 0 : (last - size) / stride + 1;
+  return {begin, std::min<int64_t>(pooled, last / stride + 1)};
 }
 
 // Places k of the window of output o that lie on inputs in [0, extent).
@@ -186,15 +186,14 @@ struct Pool {
     });
   }
 
-  // g of one pixel (n, ih, iw), for the tile's channels.
+  // g of one pixel (n, ih, iw), for the tile's channels; `rows` are the outputs over ih.
   void gather_nhwc(const T* grad, const uint8_t* winners, T* g, int64_t n, int64_t ih, int64_t iw,
-                   const Tile& tile) const {
+                   Range rows, const Tile& tile) const {
     struct Window {
       int64_t out;
       Place place;
     } windows[PoolWindow::kMaxSize * PoolWindow::kMaxSize];
     int count = 0;
-    const Range rows = outputs_over(window, ih, pooled_h);
     const Range columns = outputs_over(window, iw, pooled_w);
     for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
       const int64_t kh = ih + window.padding - oh * window.stride;
@@ -249,17 +248,24 @@ struct Pool {
 
   void gather(const T* grad, const uint8_t* winners, T* g, const Tile& tile) const {
     const int64_t end = tile.row + tile.rows;
+    int64_t iw = tile.row % shape.w, ih = tile.row / shape.w % shape.h, n = tile.row / shape.hw();
     for (int64_t row = tile.row, step; row < end; row += step) {
-      const int64_t iw = row % shape.w, ih = row / shape.w % shape.h, n = row / shape.hw();
+      step = std::min({end - row, shape.w - iw, kTile});
       if (shape.layout == Layout::kNHWC) {
-        step = 1;
-        gather_nhwc(grad, winners, g, n, ih, iw, tile);
+        const Range rows = outputs_over(window, ih, pooled_h);
+        for (int64_t i = 0; i < step; ++i) {
+          gather_nhwc(grad, winners, g, n, ih, iw + i, rows, tile);
+        }
       } else {
-        step = std::min({end - row, shape.w - iw, kTile});
         for (int64_t c = tile.channel; c < tile.channel + tile.channels; ++c) {
           gather_nchw(grad, winners, g, n, c, ih, iw, step);
         }
       }
+      iw += step;
+      if (iw < shape.w) continue;
+      iw = 0;
+      n += ++ih == shape.h;
+      ih = ih == shape.h ? 0 : ih;
     }
   }
 };

@@ -100,6 +100,8 @@ struct Range {
   int64_t begin, end;
 };
 
+enum class Prologue { kNone, kAffine, kRelu };
+
 template <class T>
 struct Wgrad {
   const ConvBnWgradParams& p;
@@ -178,39 +180,53 @@ struct Wgrad {
   }
   using Single = Scalar<T, true>;
 
-  FUSEDRES_HOST_DEVICE Values activation(int64_t offset, Values center, Values factor,
-                                         Values shift) const {
-    if (offset < 0) return Values{};
-    const Values u = L::fma(Lane::load(x + offset) - center, factor, shift);
-    return p.relu ? L::gate(u, u) : u;
-  }
-
   // The panel [steps][32] of the activation for channels from `channel` on. A pixel outside of the
   // input has offset -1.
-  template <bool kPrologue>
+  template <Prologue kPrologue>
   void pack_right(const int64_t* offsets, int64_t rows, int64_t channel, uint32_t* panel) const {
-    for (int v = 0; v < kVectors; ++v, channel += L::kCount, panel += L::kCount) {
-      Values center{}, factor{}, shift{};
-      if constexpr (kPrologue) {
-        center = L::load_acc(mean + channel);
-        factor = L::load_acc(scale + channel);
-        shift = L::load_acc(bias + channel);
-      }
-      for (int64_t row = 0; row < rows; row += kPair<T>) {
-        const int64_t first = offsets[row] < 0 ? -1 : offsets[row] + channel;
-        int64_t second = -1;
-        if (kPair<T> == 2 && row + 1 < rows && offsets[row + 1] >= 0) {
-          second = offsets[row + 1] + channel;
-        }
-        Words words;
-        if constexpr (kPrologue) {
-          words = word(activation(first, center, factor, shift),
-                       kPair<T> == 2 ? activation(second, center, factor, shift) : Values{});
+    const T* const own = x + channel;
+    Values center[kVectors], factor[kVectors], shift[kVectors];
+    for (int v = 0; v < kVectors && kPrologue != Prologue::kNone; ++v) {
+      center[v] = L::load_acc(mean + channel + v * L::kCount);
+      factor[v] = L::load_acc(scale + channel + v * L::kCount);
+      shift[v] = L::load_acc(bias + channel + v * L::kCount);
+    }
+    const auto activation = [&](int64_t offset, int v) {
+      const Values u =
+          L::fma(Lane::load(own + offset + v * L::kCount) - center[v], factor[v], shift[v]);
+      return kPrologue == Prologue::kRelu ? L::gate(u, u) : u;
+    };
+    int64_t row = 0;
+    for (; row + kPair<T> <= rows; row += kPair<T>, panel += kColumns) {
+      const int64_t first = offsets[row], second = offsets[row + kPair<T> - 1];
+      const bool inside = (first | second) >= 0;  // neither is negative
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Words words{};
+        if (inside && kPrologue == Prologue::kNone) {
+          words = word(own + first + v * L::kCount, own + second + v * L::kCount);
+        } else if (inside) {
+          words = word(activation(first, v), activation(second, v));
+        } else if (kPrologue == Prologue::kNone) {
+          words = word(first < 0 ? nullptr : own + first + v * L::kCount,
+                       second < 0 ? nullptr : own + second + v * L::kCount);
         } else {
-          words = word(first < 0 ? nullptr : x + first, second < 0 ? nullptr : x + second);
+          words = word(first < 0 ? Values{} : activation(first, v),
+                       second < 0 ? Values{} : activation(second, v));
         }
-        memcpy(panel + row / kPair<T> * kColumns, &words, sizeof words);
+        memcpy(panel + v * L::kCount, &words, sizeof words);
       }
+    }
+    if (row == rows) return;
+    const int64_t last = offsets[row];  // without a partner
+    for (int v = 0; v < kVectors; ++v) {
+      Words words{};
+      if (last >= 0 && kPrologue == Prologue::kNone) {
+        words = word(own + last + v * L::kCount, nullptr);
+      } else if (last >= 0) {
+        words = word(activation(last, v), Values{});
+      }
+      memcpy(panel + v * L::kCount, &words, sizeof words);
     }
   }
 
@@ -272,7 +288,7 @@ struct Wgrad {
   }
 
   // dw over pixels [begin, end), of some filters and channels.
-  template <bool kPrologue>
+  template <Prologue kPrologue>
   void item(int64_t begin, int64_t end, Range filters, Range channels, float* out) const {
     alignas(64) uint32_t left[kSteps * kFilters], right[kSteps * kColumns];
     int64_t offsets[kDepth];
@@ -305,12 +321,16 @@ struct Wgrad {
   }
 };
 
-// Pixels are cut into so many slices, each with a dw of its own, by sizes alone.
+int64_t blocks_down(const ConvBnWgradParams& p) { return ceil_div(p.output.c, kFilters); }
+int64_t blocks_across(const ConvBnWgradParams& p) { return ceil_div(p.input.c, kChannels); }
+
+// Pixels are cut into so many slices, each with a dw of its own, by sizes alone: for 16 items.
 int64_t slices(const ConvBnWgradParams& p) {
-  constexpr int64_t kLeastRows = 1024, kMost = 16, kMostBytes = 8 << 20;
+  constexpr int64_t kLeastRows = 512, kItems = 16, kMostBytes = 8 << 20;
   const int64_t bytes = p.window.taps() * p.input.c * p.output.c * 4;
-  const int64_t most = std::clamp<int64_t>(kMostBytes / std::max<int64_t>(bytes, 1), 1, kMost);
-  return std::clamp<int64_t>(p.output.rows() / kLeastRows, 1, most);
+  const int64_t most = std::max<int64_t>(kMostBytes / std::max<int64_t>(bytes, 1), 1);
+  const int64_t wanted = ceil_div(kItems, std::max<int64_t>(blocks_down(p) * blocks_across(p), 1));
+  return std::clamp<int64_t>(p.output.rows() / kLeastRows, 1, std::min(most, wanted));
 }
 
 template <class T>
@@ -318,7 +338,7 @@ void conv_bn_wgrad(const ConvBnWgradParams& p, int threads) {
   const Wgrad<T> wgrad(p);
   const int64_t parts = slices(p), rows = p.output.rows();
   const int64_t filters = p.output.c, channels = p.input.c, taps = p.window.taps();
-  const int64_t down = ceil_div(filters, kFilters), across = ceil_div(channels, kChannels);
+  const int64_t down = blocks_down(p), across = blocks_across(p);
   const int64_t size = taps * filters * channels;
   float* const partials = static_cast<float*>(p.workspace);
   parallel_for(parts * down * across, rows * filters, threads, [&](int64_t i) {
@@ -326,10 +346,13 @@ void conv_bn_wgrad(const ConvBnWgradParams& p, int threads) {
     const int64_t c = i % across * kChannels;
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     const Range own{k, std::min(filters, k + kFilters)}, in{c, std::min(channels, c + kChannels)};
-    if (p.mean != nullptr) {
-      wgrad.template item<true>(begin, end, own, in, partials + part * size);
+    float* const out = partials + part * size;
+    if (p.mean == nullptr) {
+      wgrad.template item<Prologue::kNone>(begin, end, own, in, out);
+    } else if (p.relu) {
+      wgrad.template item<Prologue::kRelu>(begin, end, own, in, out);
     } else {
-      wgrad.template item<false>(begin, end, own, in, partials + part * size);
+      wgrad.template item<Prologue::kAffine>(begin, end, own, in, out);
     }
   });
   parallel_for(filters, parts * size, threads, [&](int64_t k) {

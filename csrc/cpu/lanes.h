@@ -216,17 +216,41 @@ struct Lanes {
     if constexpr (kCount == 1) {
       return *p;
     } else {
+#if defined(__AVX512F__)
+      if constexpr (kCount == 16) {
+        return bits_as<Ints>(_mm512_cvtepu8_epi32(raw_load<__m128i>(p)));
+      } else {
+        return bits_as<Ints>(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(raw_load<int64_t>(p))));
+      }
+#elif defined(__AVX2__)
+      if constexpr (kCount == 8) {
+        return bits_as<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(raw_load<int64_t>(p))));
+      } else {
+        return bits_as<Ints>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(raw_load<int32_t>(p))));
+      }
+#else
       using Bytes = typename VectorOf<uint8_t, kCount>::type;
       return __builtin_convertvector(raw_load<Bytes>(p), Ints);
+#endif
     }
   }
   static FUSEDRES_HOST_DEVICE void store_bytes(uint8_t* p, Ints v) {
     if constexpr (kCount == 1) {
       *p = static_cast<uint8_t>(v);
     } else {
+#if defined(__AVX512F__)
+      if constexpr (kCount == 16) {
+        const __m128i bytes = _mm512_cvtepi32_epi8(bits_as<__m512i>(v));
+        memcpy(p, &bytes, kCount);
+      } else {
+        const __m128i bytes = _mm512_cvtepi64_epi8(bits_as<__m512i>(v));
+        memcpy(p, &bytes, kCount);
+      }
+#else
       using Bytes = typename VectorOf<uint8_t, kCount>::type;
       const Bytes bytes = __builtin_convertvector(v, Bytes);
       memcpy(p, &bytes, sizeof bytes);
+#endif
     }
   }
 

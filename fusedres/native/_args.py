@@ -23,7 +23,7 @@ Head = tuple[int, tuple[int, ...], int, int, int]
 
 def pointers(*tensors: Tensor | None) -> tuple[int, ...]:
     """Addresses of the first elements; 0 for None."""
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
 def numbered(vector: Tensor | None) -> tuple[int, int]:

@@ -30,6 +30,13 @@ from fusedres.native.bn_act import bn_act_bwd, bn_act_fwd, masked_sums
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def _stored(v: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A vector as a kernel reads it: contiguous, in a dtype (None: its own)."""
+    if v is None or (v.is_contiguous() and dtype in (None, v.dtype)):
+        return v
+    return v.detach().to(v.dtype if dtype is None else dtype).contiguous()
+
+
 class _Forward:
     """What a forward kernel takes of a BatchNorm, and what follows it."""
 
@@ -43,23 +50,25 @@ class _Forward:
         momentum: float | Tensor,
         eps: float,
     ) -> None:
-        self.statistics: Statistics = tuple(vectors(y) for _ in range(5))  # type: ignore[assignment]
-        self.given = (running_mean, running_var, momentum)
-        amount = momentum.detach() if isinstance(momentum, Tensor) else None
-        values = [None if v is None else v.detach() for v in (bn_weight, bn_bias, amount)]
-        running = [None if v is None else v.detach() for v in (running_mean, running_var)]
-        dtype = stat_dtype(y.dtype)
+        dtype, running = stat_dtype(y.dtype), (running_mean, running_var)
+        mean = vectors(y)
+        others = (torch.empty_like(mean) for _ in range(4))
+        self.statistics: Statistics = (mean, *others)  # type: ignore[assignment]
+        self.given = (*running, momentum)
+        amount = momentum if isinstance(momentum, Tensor) else None
         self.in_torch = False
         if y.device.type == "cpu":  # where kernels take vectors of one dtype
-            self.in_torch = any(v is not None and v.dtype != dtype for v in running)
-            values = [None if v is None else v.to(dtype) for v in values]
-            running = [None, None] if self.in_torch else running
+            self.in_torch = running_mean is not None and (
+                running_mean.dtype != dtype or running_var.dtype != dtype  # type: ignore[union-attr]
+            )
+            running = (None, None) if self.in_torch else running
         elif amount is not None and amount.dtype not in DTYPES:
-            values[2] = amount.float()
-        self.stored = [None if v is None else v.contiguous() for v in (*values, *running)]
+            amount = amount.float()
         self.running = running
+        only = dtype if y.device.type == "cpu" else None
+        self.stored = [_stored(v, only) for v in (bn_weight, bn_bias, amount, *running)]
         self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
-        self.vectors = tuple(numbered(v) for v in self.stored)
+        self.vectors = tuple([numbered(v) for v in self.stored])
         self.results = pointers(*self.statistics)
 
     def settle(self, count: int) -> Statistics:
@@ -71,7 +80,7 @@ class _Forward:
         for running, moved in zip(self.running, self.stored[3:], strict=True):
             if running is None or moved is None or running.data_ptr() == moved.data_ptr():
                 continue
-            running.copy_(moved)
+            running.detach().copy_(moved)
         return self.statistics
 
 

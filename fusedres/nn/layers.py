@@ -19,9 +19,15 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a forward or backward hook sits on the module, or on all modules."""
-    return any(getattr(module, name) for name in _HOOKS) or any(
-        getattr(torch_module, name, None) for name in _GLOBAL_HOOKS
-    )
+    own = module.__dict__
+    for name in _HOOKS:
+        if own[name]:
+            return True
+    shared = torch_module.__dict__
+    for name in _GLOBAL_HOOKS:
+        if shared.get(name):
+            return True
+    return False
 
 
 def is_untouched(module: nn.Module) -> bool:
