@@ -171,11 +171,14 @@ void batch_norm_bwd(const BatchNormBwdParams& p, int threads) {
     c0[c] = static_cast<Acc>(-scale[c] * (sums[c] / count));
     c1[c] = static_cast<Acc>(-scale[c] * r * r * (sums[channels + c] / count));
   }
-  elementwise<T>(p.shape, threads, [=](auto lanes, int64_t o, int64_t c) {
-    using L = decltype(lanes);
-    const auto centered = L::load(y + o) - L::channel(mean, c);
-    const auto shift = L::fma(L::channel(c1, c), centered, L::channel(c0, c));
-    L::store(dy + o, L::fma(L::channel(scale, c), L::load(g + o), shift));
+  dispatch(streams(p.shape, dy), [&](auto stream) {
+    elementwise<T>(p.shape, threads, [=](auto lanes, int64_t o, int64_t c) {
+      using L = decltype(lanes);
+      const auto centered = L::load(y + o) - L::channel(mean, c);
+      const auto shift = L::fma(L::channel(c1, c), centered, L::channel(c0, c));
+      const auto value = L::fma(L::channel(scale, c), L::load(g + o), shift);
+      stream ? L::stream(dy + o, value) : L::store(dy + o, value);
+    });
   });
 }
 

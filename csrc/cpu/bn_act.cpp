@@ -13,7 +13,7 @@
 namespace fusedres::FUSEDRES_CPU_LEVEL {
 namespace {
 
-template <class T, bool kRelu>
+template <class T, bool kRelu, bool kStream>
 void bn_act_fwd(const BnActFwdParams& p, int threads) {
   using Acc = acc_t<T>;
   const T* const y = static_cast<const T*>(p.y);
@@ -33,7 +33,8 @@ void bn_act_fwd(const BnActFwdParams& p, int threads) {
   };
   const auto store = [=](auto lanes, int64_t o, auto u) {
     using L = decltype(lanes);
-    L::store(a + o, kRelu ? L::gate(u, u) : u);
+    const auto value = kRelu ? L::gate(u, u) : u;
+    kStream ? L::stream(a + o, value) : L::store(a + o, value);
   };
   if (residual == nullptr) {
     elementwise<T>(p.shape, threads,
@@ -115,7 +116,10 @@ void dispatch_mask(const BnActBwdParams& p, const F& f) {
 void launch_bn_act_fwd(const BnActFwdParams& params, int threads) {
   dispatch(params.dtype, [&](auto tag) {
     dispatch(params.relu, [&](auto relu) {
-      bn_act_fwd<typename decltype(tag)::type, decltype(relu)::value>(params, threads);
+      using T = typename decltype(tag)::type;
+      dispatch(streams(params.shape, static_cast<const T*>(params.a)), [&](auto stream) {
+        bn_act_fwd<T, decltype(relu)::value, decltype(stream)::value>(params, threads);
+      });
     });
   });
 }

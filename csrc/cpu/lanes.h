@@ -128,6 +128,31 @@ struct Lanes {
     put(p, rounded(v));
   }
 
+  // store() past the caches, where p lies on a whole vector; end_of_stream() makes it seen.
+  static FUSEDRES_HOST_DEVICE void stream(T* p, Values v) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    if constexpr (kCount > 1) {
+      alignas(kVectorBytes) T stored[kCount];
+      store(stored, v);
+#ifdef __AVX512F__
+      if constexpr (sizeof(T) == 2) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), raw_load<__m256i>(stored));
+      } else {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), raw_load<__m512i>(stored));
+      }
+#else
+      if constexpr (sizeof(T) == 2) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), raw_load<__m128i>(stored));
+      } else {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), raw_load<__m256i>(stored));
+      }
+#endif
+      return;
+    }
+#endif
+    store(p, v);
+  }
+
   // kCount halves as the upper halves of words, and back. Compilers do not find these instructions
   // by themselves.
   using Halves = typename VectorOf<uint16_t, kCount>::type;
@@ -274,6 +299,12 @@ template <class T, bool kInner>
 using Vector = Lanes<T, kVectorBytes / sizeof(acc_t<T>), kInner>;
 template <class T, bool kInner>
 using Scalar = Lanes<T, 1, kInner>;
+
+FUSEDRES_HOST_DEVICE void end_of_stream() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
 
 // Calls f(lanes, i) for i in [begin, end): vectors, then what is left one by one.
 template <class T, bool kInner, class F>

@@ -30,6 +30,17 @@ void for_each_element(int64_t numel, int threads, const F& f) {
   });
 }
 
+// Whether to write out past the caches: it is larger than what they hold, so that its lines would
+// be read to be written, and gone when they are read. Every vector lies on its own size.
+template <class T>
+bool streams(const Shape& shape, const T* out) {
+  constexpr int64_t kCached = 8 << 20;
+  const int64_t inner = shape.channels_inner() ? shape.c : shape.hw();
+  const bool whole =
+      inner * sizeof(T) % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  return whole && shape.numel() * static_cast<int64_t>(sizeof(T)) > kCached;
+}
+
 // Calls f(lanes, offset, channel) for every element. f is copied into each item, so that what it
 // captures by value sits in registers: through a reference, each store could change it.
 template <class T, class F>
@@ -46,6 +57,7 @@ void elementwise(const Shape& shape, int threads, const F& f) {
         for_lanes<T, true>(0, channels,
                            [&](auto lanes, int64_t c) { local(lanes, offset + c, c); });
       }
+      end_of_stream();
     });
   } else {
     const int64_t pixels = shape.hw();
@@ -53,6 +65,7 @@ void elementwise(const Shape& shape, int threads, const F& f) {
       const F local = f;
       const int64_t offset = plane * pixels, c = plane % channels;
       for_lanes<T, false>(0, pixels, [&](auto lanes, int64_t i) { local(lanes, offset + i, c); });
+      end_of_stream();
     });
   }
 }
