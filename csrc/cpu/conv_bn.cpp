@@ -55,10 +55,10 @@ struct Ahead {
   int64_t pitch;
 };
 
-// tile[8][32] += left panel [steps][8 of kLeft] x right panel [steps][32].
+// tile[8][32] += left panel [steps][8 of kLeft] x right panel [steps][32]; = if fresh.
 template <int kPixels>
 void microkernel(const uint32_t* left, const uint32_t* right, int64_t steps, float* tile,
-                 Ahead ahead) {
+                 bool fresh, Ahead ahead) {
   // Few registers hold few sums: a narrow vector goes over its columns in turns.
   constexpr int kAtOnce = kVectorBytes == 64 ? kVectors : 1;
   for (int first = 0; first < kVectors; first += kAtOnce) {
@@ -67,7 +67,8 @@ void microkernel(const uint32_t* left, const uint32_t* right, int64_t steps, flo
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < kAtOnce; ++v) {
-        sums[r][v] = L::load_acc(tile + r * kColumns + (first + v) * L::kCount);
+        const float* const start = tile + r * kColumns + (first + v) * L::kCount;
+        sums[r][v] = fresh ? Values{} : L::load_acc(start);
       }
     }
     for (int64_t step = 0; step < steps; ++step) {
@@ -294,12 +295,6 @@ struct Wgrad {
     int64_t offsets[kDepth];
     Corners corners;
     const int64_t taps = p.window.taps();
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t k = filters.begin; k < filters.end; k += kRows) {
-        const int64_t width = (channels.end - channels.begin) * kRows;
-        std::fill_n(tile(out, tap, k, channels.begin), width, 0.0f);
-      }
-    }
     for (int64_t row = begin; row < end; row += kDepth) {
       const int64_t rows = std::min(kDepth, end - row), steps = ceil_div(rows, kPair<T>);
       pack_left(row, rows, filters.begin, filters.end - filters.begin, left);
@@ -313,7 +308,8 @@ struct Wgrad {
             const Ahead ahead =
                 next_line(tap == 0 ? k / kRows : kFilters, corners, row, c, filters.begin, fetched);
             const uint32_t* const panel = left + k / kLeft * kLeft * steps + k % kLeft;
-            microkernel<kPair<T>>(panel, right, steps, tile(out, tap, filters.begin + k, c), ahead);
+            microkernel<kPair<T>>(panel, right, steps, tile(out, tap, filters.begin + k, c),
+                                  row == begin, ahead);
           }
         }
       }
@@ -359,6 +355,8 @@ void conv_bn_wgrad(const ConvBnWgradParams& p, int threads) {
     for (int64_t tap = 0; tap < taps; ++tap) {
       float* const target = p.dw + k * p.stride_k + tap / p.window.width * p.stride_r +
                             tap % p.window.width * p.stride_s;
+      // read next by an optimizer, when no cache holds it any more
+      const bool aligned = p.stride_c == 1 && reinterpret_cast<uintptr_t>(target) % 64 == 0;
       for (int64_t c = 0; c < channels; c += kColumns) {
         const float* const source = wgrad.tile(partials, tap, k, c) + k % kRows * kColumns;
         float sums[kColumns];
@@ -368,9 +366,16 @@ void conv_bn_wgrad(const ConvBnWgradParams& p, int threads) {
 #pragma omp simd
           for (int i = 0; i < kColumns; ++i) sums[i] += other[i];
         }
-        for (int64_t i = 0; i < kColumns; ++i) target[(c + i) * p.stride_c] = sums[i];
+        if (aligned) {
+          for (int i = 0; i < kColumns; i += L::kCount) {
+            L::stream(target + c + i, L::load_acc(sums + i));
+          }
+        } else {
+          for (int64_t i = 0; i < kColumns; ++i) target[(c + i) * p.stride_c] = sums[i];
+        }
       }
     }
+    end_of_stream();
   });
 }
 

@@ -74,10 +74,10 @@ inline int64_t plane_offset(const Shape& shape, const Tile& tile) {
 }
 
 // sums[k][i] = the k-th sum of f(lanes, offset, channel) over the pixels of channel
-// tile.channel + i. Four pixels are added to each other before they join a sum.
+// tile.channel + i. Some pixels are added to each other before they join a sum.
 template <int kSums, class T, class F, class Acc>
 void sum_tile(const Shape& shape, const Tile& tile, const F& f, Acc (&sums)[kSums][kTileRow]) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = 8, kChains = 4;
   if (shape.channels_inner()) {
     for (auto& row : sums) std::fill_n(row, tile.channels, Acc(0));
     const int64_t end = tile.row + tile.rows, channels = shape.c;
@@ -105,11 +105,11 @@ void sum_tile(const Shape& shape, const Tile& tile, const F& f, Acc (&sums)[kSum
     using Wide = Vector<T, false>;
     using Single = Scalar<T, false>;
     const int64_t c = tile.channel, offset = plane_offset(shape, tile);
-    typename Wide::Values wide[kTogether][kSums] = {};
-    constexpr int64_t kStep = kTogether * Wide::kCount;
+    typename Wide::Values wide[kChains][kSums] = {};
+    constexpr int64_t kStep = kChains * Wide::kCount;
     int64_t i = 0;
     for (; i + kStep <= tile.rows; i += kStep) {
-      for (int r = 0; r < kTogether; ++r) {
+      for (int r = 0; r < kChains; ++r) {
         add<kSums, Wide>(wide[r], f(Wide{}, offset + i + r * Wide::kCount, c));
       }
     }

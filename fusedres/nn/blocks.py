@@ -422,13 +422,15 @@ def call(module: nn.Module, x: Tensor | Deferred, *, defer: bool) -> Tensor | De
 def packed(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
     """A scope in which autocast's casts of the weights that a model fuses are made at once.
 
-    Nothing where autocast is off or a graph is recorded: there each convolution casts its own.
+    Nothing where autocast is off or a graph is recorded: there each convolution casts its own. So
+    it does on a CPU, forward and backward: that costs little beside a convolution, and what is
+    cast at once is held until backward.
     """
     recorded = not isinstance(x, Tensor) or torch.compiler.is_compiling() or exporting()
     if recorded or not autocast_on(x):
         return contextlib.nullcontext()
     dtype = compute_dtype(x)
-    if backends.choose("conv_bn", x.device.type, dtype).backend == "reference":
+    if backends.choose("conv_bn", x.device.type, dtype).backend in ("reference", "cpp"):
         return contextlib.nullcontext()
     fused = [m for m in model.modules() if isinstance(m, FusedModule) and not m.plain_reason()]
     weights = [conv.weight for m in fused for _, conv, _, _ in m.units()]

@@ -182,5 +182,4 @@ def _counts(bn: nn.BatchNorm2d) -> bool:
 def _count(bn: nn.BatchNorm2d) -> None:
     """As a call of the module counts its batch."""
     if _counts(bn) and bn.num_batches_tracked is not None:
-        with torch.no_grad():
-            bn.num_batches_tracked.add_(1)
+        bn.num_batches_tracked.add_(1)

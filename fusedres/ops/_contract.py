@@ -226,9 +226,14 @@ def autocast_on(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A scope in which torch computes in the dtypes it is given: the op has already cast."""
-    if autocast_on(x):
+    if not autocast_on(x):
+        return _AS_IT_IS
+    if torch.compiler.is_compiling():
         return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch._C._DisableAutocast()  # the same, at a tenth of the cost
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
