@@ -98,20 +98,20 @@ def _fits(
             if t is None:
                 if name not in OPTIONAL:
                     return False
-            elif t.dtype is not dtype or t.shape != shape or t.stride() != stride:
+                continue
+            if t.dtype is not dtype or t.shape != shape or t.device != device:
                 return False
-            elif t.device != device:
+            if t.stride() != stride:
                 return False
         dtype = stat_dtype(dtype)
         for name, t in per_channel.items():
             if t is None:
                 if name not in OPTIONAL:
                     return False
-            elif t.dtype is not dtype or t.size(-1) != shape[1] or not t.is_contiguous():
+                continue
+            if t.dtype is not dtype or t.device != device or not t.is_contiguous():
                 return False
-            elif t.device != device or t.dim() != (2 if "sums" in name else 1):
-                return False
-            elif t.dim() == 2 and t.size(0) != 2:
+            if t.shape != ((2, shape[1]) if "sums" in name else (shape[1],)):
                 return False
     except (AttributeError, RuntimeError, IndexError):
         return False  # no tensor, or one without strides

@@ -32,8 +32,9 @@ class Case:
 
 
 # One pixel; an odd number of pixels, of which two share a word in bf16; more than a depth and more
-# than a slice of them; filters off the width of a vector and of a block; channels in several blocks;
-# kernels with zeros on one side, on both, wider than the input; strides and dilations that differ.
+# than a slice of them; filters off the width of a vector and of a block; channels in several
+# blocks; kernels with zeros on one side, on both, wider than the input; strides and dilations that
+# differ.
 CASES = [
     Case((1, 32, 1, 1), 8),
     Case((3, 64, 5, 7), 24),

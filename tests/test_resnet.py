@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres import FusedResNet50, report, use_backend
-from fusedres.nn.blocks import FusedModule
+from fusedres import FusedResNet50, backends, report, use_backend
+from fusedres.nn.blocks import FusedModule, packed
 from fusedres.nn.blocks import unfuse_in_place as unfuse
 from fusedres.ops import _packed
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, assert_three_way, serving_backends
@@ -246,15 +247,21 @@ def test_a_network_made_in_inference_mode_runs_under_autocast() -> None:
 
 
 def test_only_weights_that_are_fused_are_cast_together() -> None:
+    """Where there is a GPU; there is none, so a choice of its backend stands in for it."""
     model, x = fusedres.resnet18(3).eval(), torch.randn(1, 3, 32, 32)
     fused = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     first = model.layer1[0]  # type: ignore[index]
     counts = []
+    choice = replace(backends.choose("conv_bn", "cpu", torch.bfloat16), backend="cuda")
     for change in (lambda: None, lambda: setattr(first, "fused", False), lambda: unfuse(model)):
         change()
-        with PackedTogether() as cast, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            model(x)
-        counts.append(cast.elements)
+        with (
+            mock.patch.object(backends, "choose", return_value=choice),
+            PackedTogether() as cast,
+            torch.autocast("cpu", torch.bfloat16),
+            packed(model, x),
+        ):
+            counts.append(cast.elements)
     plain = sum(m.weight.numel() for m in first.modules() if isinstance(m, nn.Conv2d))
     assert counts == [fused, fused - plain, 0]
 
@@ -273,6 +280,7 @@ class PackedTogether(TorchDispatchMode):
 def test_casts_are_freed_by_backward() -> None:
     """A loss that is kept for the log keeps no weights."""
     model, x = fusedres.resnet18(3), torch.randn(2, 3, 32, 32)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     views = []
     get = _packed.PackedWeights.get
 
@@ -283,12 +291,24 @@ def test_casts_are_freed_by_backward() -> None:
 
     with (
         mock.patch.object(_packed.PackedWeights, "get", seen),
+        _packed.packing(weights, torch.bfloat16, torch.device("cpu")),
         torch.autocast("cpu", torch.bfloat16),
     ):
         loss = model(x).sum()
     loss.backward()
     gc.collect()
     assert len(views) == 20 and not any(view() is not None for view in views)
+
+
+def test_no_cast_of_a_weight_is_held_on_a_cpu() -> None:
+    model, x = fusedres.resnet18(3), torch.randn(2, 3, 32, 32)
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 4}
+    saved: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert {tuple(t.shape) for t in saved if t.dtype == torch.float32} >= shapes
+    assert not {tuple(t.shape) for t in saved if t.dtype == torch.bfloat16} & shapes
 
 
 def test_statistics_that_cannot_move_are_refused_before_anything_does() -> None:

@@ -14,18 +14,14 @@ from fusedres.deferred import Deferred, Sampled
 from fusedres.ops import conv_bn, conv_bn_relu_maxpool
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_ALL_HOOKS = [(name, f"_global{name}") for name in _HOOKS]  # of one module, of all
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a forward or backward hook sits on the module, or on all modules."""
-    own = module.__dict__
-    for name in _HOOKS:
-        if own[name]:
-            return True
-    shared = torch_module.__dict__
-    for name in _GLOBAL_HOOKS:
-        if shared.get(name):
+    own, shared = module.__dict__, torch_module.__dict__
+    for name, name_of_all in _ALL_HOOKS:
+        if own[name] or shared.get(name_of_all):
             return True
     return False
 
