@@ -20,10 +20,7 @@ _ALL_HOOKS = [(name, f"_global{name}") for name in _HOOKS]  # of one module, of 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a forward or backward hook sits on the module, or on all modules."""
     own, shared = module.__dict__, torch_module.__dict__
-    for name, name_of_all in _ALL_HOOKS:
-        if own[name] or shared.get(name_of_all):
-            return True
-    return False
+    return any(own[name] or shared.get(name_of_all) for name, name_of_all in _ALL_HOOKS)
 
 
 def is_untouched(module: nn.Module) -> bool:
