@@ -28,6 +28,8 @@ class Info(dict[str, Any]):
             archs = " ".join(extension["cuda_archs"])
             lines.append(f"compiled extension: {extension['compiler']}")
             lines.append(f"  CUDA kernels: {f'CUDA {cuda} for {archs}' if cuda else 'not built'}")
+            best, others = extension["cpu_levels"][-1], extension["cpu_levels"][:-1]
+            lines.append(f"  CPU kernels: {best} (of {', '.join([*others, best])})")
         asked = self["requested_backend"]
         plans = self["plan_table"]
         lines.append(
@@ -51,7 +53,8 @@ def info() -> Info:
 
     Returns:
         A printable dict: version, python, torch, platform, devices, extension (None or compiler,
-        cuda_version, cuda_archs), plan_table (entries shipped, of the user, the path of the user's,
+        cuda_version, cuda_archs, cpu_levels: the instruction sets of CPU kernels that run here,
+        the last of which does), plan_table (entries shipped, of the user, the path of the user's,
         and by device how many were measured and how many modelled), requested_backend, threads,
         and backends by name, each with ready, reason, ops, devices, dtypes.
     """
@@ -69,6 +72,7 @@ def info() -> Info:
             "compiler": extension.compiler,
             "cuda_version": extension.cuda_version,
             "cuda_archs": list(extension.cuda_archs),
+            "cpu_levels": extension.cpu_levels(),
         },
         plan_table={
             "shipped": len(_plan_table.shipped_entries()),
