@@ -67,11 +67,18 @@ def dry(
         return y
 
     def convolution_backward(
-        dy: Tensor, a: Tensor, weight: Tensor, conv: Any, need_da: bool, need_dw: bool
+        dy: Tensor,
+        a: Tensor,
+        weight: Tensor,
+        conv: Any,
+        need_da: bool,
+        need_dw: bool,
+        compact: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         moved.append(dy.nbytes + a.nbytes if need_da else 0)
         moved.append(dy.nbytes + _read(a, weight, conv) if need_dw else 0)
-        return torch.empty_like(a) if need_da else None, torch.empty_like(weight)
+        da = a[:, :, :: conv.stride[0], :: conv.stride[1]] if compact else a
+        return torch.empty_like(da) if need_da else None, torch.empty_like(weight)
 
     with (
         mock.patch.dict(backends.BACKENDS, triton=serves_all),

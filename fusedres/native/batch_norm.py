@@ -15,6 +15,7 @@ from fusedres._tensors import elements_per_channel, stat_dtype
 from fusedres.native import require
 from fusedres.native._args import (
     DTYPES,
+    Head,
     check,
     head,
     like,
@@ -49,6 +50,7 @@ class _Forward:
         running_var: Tensor | None,
         momentum: float | Tensor,
         eps: float,
+        args: Head,
     ) -> None:
         dtype, running = stat_dtype(y.dtype), (running_mean, running_var)
         mean = vectors(y)
@@ -57,7 +59,8 @@ class _Forward:
         self.given = (*running, momentum)
         amount = momentum if isinstance(momentum, Tensor) else None
         self.in_torch = False
-        if y.device.type == "cpu":  # where kernels take vectors of one dtype
+        only = dtype if on_cpu(args) else None  # kernels there take vectors of one dtype
+        if only is not None:
             self.in_torch = running_mean is not None and (
                 running_mean.dtype != dtype or running_var.dtype != dtype  # type: ignore[union-attr]
             )
@@ -65,7 +68,6 @@ class _Forward:
         elif amount is not None and amount.dtype not in DTYPES:
             amount = amount.float()
         self.running = running
-        only = dtype if y.device.type == "cpu" else None
         self.stored = [_stored(v, only) for v in (bn_weight, bn_bias, amount, *running)]
         self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
         self.vectors = tuple([numbered(v) for v in self.stored])
@@ -104,7 +106,7 @@ def batch_norm_fwd(
         dtype = stat_dtype(y.dtype)
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
         return mean, var, *normalizers(mean, var, bn_weight, bn_bias, eps)
-    c, f = require(), _Forward(y, *norm, momentum, eps)
+    c, f = require(), _Forward(y, *norm, momentum, eps, args)
     given = (args, training, *f.numbers, f.vectors)
     tensors = (y.data_ptr(), *f.results)
     work = workspace(c.batch_norm_fwd_workspace(*given, (*tensors, 0)), y)
@@ -130,7 +132,7 @@ def batch_norm_act_fwd(
     check_norm("batch_norm_act_fwd", y, *norm, training, momentum)
     args = head(y)
     if training and not on_cpu(args):
-        c, f = require(), _Forward(y, *norm, momentum, eps)
+        c, f = require(), _Forward(y, *norm, momentum, eps, args)
         a = like(y)
         act = pointers(y, None, None, None, residual, None, None, None, a)
         given: tuple[Any, ...] = (args, *f.numbers, f.vectors)

@@ -81,7 +81,9 @@ def build(folder: Path, sanitize: bool = True) -> Path:
     # kernels, which they want to be linked.
     plain = ["-fno-sanitize=all", "-O0"]
     sources = {CSRC / "bindings.cpp": [*python, *plain]}
-    sources |= {s: plain for s in sorted(CSRC.glob("cpu/*.cpp"))}
+    sources[CSRC / "cpu_levels.cpp"] = plain
+    lowest = [*plain, "-DFUSEDRES_CPU_LEVEL=baseline"]
+    sources |= {s: lowest for s in sorted(CSRC.glob("cpu/*.cpp"))}
     sources |= {s: ["-DFUSEDRES_WITH_CUDA"] for s in sorted(CSRC.glob("cuda/*.cu"))}
     target = folder / "_C.so"
     return _compile(sources, target, ["-fPIC", "-fopenmp"], ["-shared", "-fopenmp"], sanitize)
