@@ -27,17 +27,48 @@ def described(t: object) -> str:
     """An argument as errors name it."""
     if not isinstance(t, Tensor):
         return type(t).__name__
-    strides = f" with strides {list(t.stride())}" if t.layout == torch.strided else f", {t.layout}"
-    return f"{t.dtype} {list(t.shape)}{strides} on {t.device}"
+    if t.is_nested:
+        return f"{t.dtype} nested on {t.device}"
+    if t.layout != torch.strided:
+        return f"{t.dtype} {list(t.shape)}, {t.layout} on {t.device}"
+    flaw = ", still to be negated" if t.is_neg() else out_of_reach(t)
+    return f"{t.dtype} {list(t.shape)} with strides {list(t.stride())} on {t.device}{flaw}"
+
+
+def out_of_reach(t: Tensor) -> str:
+    """What keeps a kernel from the memory of a strided tensor; "" where nothing does."""
+    address = t.data_ptr()
+    if address and not address & 7:  # a multiple of every element's size, as it nearly always is
+        return ""
+    if not address:  # freed, as FSDP frees storage, or zeros that nobody has made yet
+        return ", without memory" if t.numel() > 0 else ""
+    return "" if address % t.element_size() == 0 else ", at no multiple of its element's size"
+
+
+def check_reach(op: str, **tensors: Tensor | None) -> None:
+    """Tensors that a library reads or casts: it trusts their memory, and drops imaginary parts."""
+    for name, t in tensors.items():
+        if t is not None and t.layout == torch.strided and (t.is_complex() or out_of_reach(t)):
+            raise ValueError(f"{op}: {name} cannot be read, got {described(t)}")
+
+
+def check_packed(op: str, weight: Tensor, packed: Tensor | None) -> None:
+    """A cast of the weight, where there is one."""
+    if packed is not None and packed.shape != weight.shape:
+        raise ValueError(
+            f"{op}: packed must be a cast of weight {list(weight.shape)}, got {described(packed)}"
+        )
 
 
 def _is(t: object, shape: tuple[int, ...], dtype: torch.dtype, y: Tensor) -> bool:
-    """A strided tensor of this shape and dtype on y's device."""
+    """A strided tensor of this shape and dtype on y's device, whose memory holds its values."""
     return (
         isinstance(t, Tensor)
         and t.layout == torch.strided
         and tuple(t.shape) == shape
         and (t.dtype, t.device) == (dtype, y.device)
+        and not t.is_neg()
+        and not out_of_reach(t)
     )
 
 
@@ -164,9 +195,13 @@ def check_norm(
     for name, v in running.items():
         if v is not None and v.numel() > 1 and v.stride(0) == 0:
             raise ValueError(f"{op}: {name} is expanded, it cannot be moved in place")
+        if v is not None and v.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{op}: {name} was made in inference mode, it cannot be moved outside")
     if elements_per_channel(y) == 1:
         raise ValueError(f"{op}: one value per channel has no unbiased variance to move towards")
-    if isinstance(momentum, Tensor) and not _is(momentum, (), momentum.dtype, y):
+    if isinstance(momentum, Tensor) and (
+        momentum.is_complex() or not _is(momentum, (), momentum.dtype, y)
+    ):
         raise ValueError(
             f"{op}: momentum must be a number or 0-d on {y.device}, got {described(momentum)}"
         )
@@ -179,6 +214,7 @@ def check_alike(op: str, first: Tensor, second: Tensor, devices: Collection[str]
         not strided
         or first.dtype not in DTYPES
         or first.device.type not in devices
+        or not _is(first, tuple(first.shape), first.dtype, first)
         or not _is(second, tuple(first.shape), first.dtype, first)
     ):
         raise ValueError(

@@ -26,6 +26,26 @@ class Conv(NamedTuple):
         top, bottom, left, right = self.padding
         return top == bottom and left == right
 
+    def reduced(self, x: torch.Size, weight: torch.Size) -> Conv:
+        """The same without strides past the one window that they leave, and dilation of one tap:
+        libraries hang or crash over huge ones.
+        """
+        if max(*self.stride, *self.dilation) <= 16:
+            return self
+        top, bottom, left, right = self.padding
+        free = (
+            extent - step * (taps - 1) - 1  # how far a window can go
+            for extent, step, taps in zip(
+                (x[2] + top + bottom, x[3] + left + right),
+                self.dilation,
+                weight[2:],
+                strict=True,
+            )
+        )
+        stride = [min(s, max(1, f + 1)) for s, f in zip(self.stride, free, strict=True)]
+        dilation = [1 if k == 1 else d for d, k in zip(self.dilation, weight[2:], strict=True)]
+        return self._replace(stride=(stride[0], stride[1]), dilation=(dilation[0], dilation[1]))
+
     def is_pointwise(self, kernel_size: tuple[int, int]) -> bool:
         """Whether it is a matrix product over pixels: 1x1, of stride 1 or 2, not padded, one
         group.

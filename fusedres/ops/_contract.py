@@ -8,18 +8,36 @@ shape, device, range) and names the op, the argument, what came and what is acce
 from __future__ import annotations
 
 import contextlib
-import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres import _norm
-from fusedres._checks import DTYPES
+from fusedres._checks import DTYPES, check_reach
 from fusedres._tensors import elements_per_channel, memory_format_of, stat_dtype
 from fusedres.deferred import Deferred
 
 library = torch.library.Library("fusedres", "FRAGMENT")
+_LARGEST = sys.float_info.max  # an int may be larger
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """torch.library.register_fake, for tensors of one kind.
+
+    torch also calls a fake where one real tensor of several is on meta: it would answer for the
+    others with uninitialised memory of theirs.
+    """
+
+    def checked(*args: Any) -> Any:
+        real = {t.is_meta for t in args if type(t) in (Tensor, torch.nn.Parameter)}
+        if len(real) > 1:
+            raise ValueError(f"{name}: some of the tensors are on meta, others are not")
+        return fake(*args)
+
+    torch.library.register_fake(f"fusedres::{name}", checked)
 
 
 class BatchNorm(NamedTuple):
@@ -39,8 +57,9 @@ def check_tensor(op: str, name: str, value: object, ndim: int | None = 4) -> Ten
     if not isinstance(value, Tensor):
         accepted = "a Tensor or a Deferred" if name == "input" else "a Tensor"
         raise TypeError(f"{op}: {name} must be {accepted}, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be dense (torch.strided), got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{op}: {name} must be dense (torch.strided), got {layout}")
     if value.dtype not in DTYPES:
         raise TypeError(
             f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}"
@@ -48,7 +67,40 @@ def check_tensor(op: str, name: str, value: object, ndim: int | None = 4) -> Ten
     if ndim is not None and value.dim() != ndim:
         shape = "[N, C, H, W]" if ndim == 4 else f"{ndim}-dimensional"
         raise ValueError(f"{op}: {name} must be {shape}, got shape {list(value.shape)}")
+    # of others memory is not known, or not there yet
+    if type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu" and _is_real():
+        check_reach(op, **{name: value})
     return value
+
+
+def _is_real() -> bool:
+    """Whether tensors have memory here, rather than being traced or transformed."""
+    return (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def check_savable(op: str, **arguments: Tensor | Deferred | None) -> None:
+    """Where autograd will run nothing was made in inference mode, which it refuses to save; known
+    here before running statistics move.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    tensors = dict(_tensors_of(arguments))
+    made = [name for name, t in tensors.items() if t.is_inference()]
+    if made and any(t.requires_grad for t in tensors.values()):
+        raise RuntimeError(
+            f"{op}: {made[0]} was made in inference mode and cannot be saved for backward; clone it"
+        )
+
+
+def _tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Deferred):
+            fields = ("y", "mean", "scale", "bias", "residual", "sums")
+            yield from _tensors_of({f"{name}.{f}": getattr(value, f) for f in fields})
 
 
 def check_same_device(op: str, name: str, value: Tensor, other: Tensor, other_name: str) -> None:
@@ -77,22 +129,27 @@ def check_bool(op: str, name: str, value: object) -> bool:
     return value
 
 
-def check_int(op: str, name: str, value: object, minimum: int) -> int:
-    """An int of at least `minimum`."""
+def check_int(op: str, name: str, value: object, minimum: int, limit: int = 2**31) -> int:
+    """An int of at least `minimum`, below `limit`."""
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+    if value >= limit:
+        raise ValueError(f"{op}: {name} must be below {limit}, got {value}")
     return value  # type: ignore[return-value]
 
 
-def check_pair(op: str, name: str, value: object, minimum: int) -> tuple[int, int]:
+def check_pair(
+    op: str, name: str, value: object, minimum: int, limit: int = 2**31
+) -> tuple[int, int]:
     """An int for both dimensions, or a pair (height, width)."""
     if isinstance(value, tuple | list):
         if len(value) != 2:
             raise ValueError(f"{op}: {name} must be an int or a pair, got {value!r}")
-        return check_int(op, name, value[0], minimum), check_int(op, name, value[1], minimum)
-    both = check_int(op, name, value, minimum)
+        first, second = (check_int(op, name, v, minimum, limit) for v in value)
+        return first, second
+    both = check_int(op, name, value, minimum, limit)
     return both, both
 
 
@@ -109,6 +166,7 @@ def check_batch_norm(
     eps: object,
 ) -> BatchNorm:
     """BatchNorm's arguments for an output of `channels` channels beside activation x."""
+    check_bool(op, "training", training)
     mean = check_vector(op, "running_mean", running_mean, channels, x)
     var = check_vector(op, "running_var", running_var, channels, x)
     if (mean is None) != (var is None):
@@ -120,21 +178,24 @@ def check_batch_norm(
             raise RuntimeError(
                 f"{op}: {name} was made in inference mode and cannot be moved outside; clone it"
             )
-    if not check_bool(op, "training", training) and mean is None:
+        if running is not None and _is_negated(running):  # in place torch moves no such view
+            raise ValueError(f"{op}: {name} is a negated view, as of conj().imag; clone it")
+    if not training and mean is None:
         raise ValueError(f"{op}: training=False needs running_mean and running_var, got None")
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0:
             raise ValueError(
                 f"{op}: momentum must be a number or a 0-d tensor, got shape {list(momentum.shape)}"
             )
+        check_tensor(op, "momentum", momentum, ndim=0)
         check_same_device(op, "momentum", momentum, x, "the activation")
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
         raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
-    elif not -math.inf < momentum < math.inf:  # Dynamo traces no math.isfinite
+    elif not -_LARGEST <= momentum <= _LARGEST:  # Dynamo traces no math.isfinite
         raise ValueError(f"{op}: momentum must be finite, got {momentum}")
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
+    if not 0 <= eps <= _LARGEST:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
     return BatchNorm(
         check_vector(op, "bn_weight", weight, channels, x),
@@ -147,6 +208,10 @@ def check_batch_norm(
     )
 
 
+def _is_negated(running: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and running.is_neg()
+
+
 def _cannot_move(running: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
@@ -156,6 +221,7 @@ def _cannot_move(running: Tensor) -> bool:
 def check_deferred(op: str, name: str, d: Deferred) -> None:
     """The fields of a Deferred fit together."""
     y = check_tensor(op, f"{name}.y", d.y)
+    check_bool(op, f"{name}.relu", d.relu)
     for field, vector in (("mean", d.mean), ("scale", d.scale), ("bias", d.bias)):
         label = f"{name}.{field}"
         if check_vector(op, label, vector, y.size(1), y) is None:
@@ -171,10 +237,19 @@ def check_deferred(op: str, name: str, d: Deferred) -> None:
                 f"{op}: {name}.sums must be {stat_dtype(y.dtype)} [2, {y.size(1)}], got "
                 f"{sums.dtype} {list(sums.shape)}"
             )
+        check_same_device(op, f"{name}.sums", sums, y, f"{name}.y")
         if any(v.requires_grad for v in (d.mean, d.scale, d.bias)):
             raise ValueError(
                 f"{op}: {name} carries its gradient in sums, so its mean, scale and bias cannot "
                 "require one; go on from .value() instead of replacing them"
+            )
+    if d.unmasked is not None:
+        unmasked = check_tensor(op, f"{name}.unmasked", d.unmasked)
+        check_same_device(op, f"{name}.unmasked", unmasked, y, f"{name}.y")
+        if (unmasked.shape, unmasked.dtype) != (y.shape, y.dtype):
+            raise ValueError(
+                f"{op}: {name}.unmasked must be {y.dtype} {list(y.shape)} as {name}.y, got "
+                f"{unmasked.dtype} {list(unmasked.shape)}"
             )
     check_residual(op, f"{name}.residual", d.residual, y, tuple(y.shape), y.dtype)
 
@@ -207,7 +282,8 @@ def check_join(
     op: str, residual: object, x: Tensor, shape: tuple[int, ...]
 ) -> Tensor | Deferred | None:
     """An op's residual argument, cast where autocast is on, against the shape it joins."""
-    if isinstance(residual, Tensor) and autocast_on(x) and residual.is_floating_point():
+    if isinstance(residual, Tensor) and autocast_on(x):
+        residual = check_tensor(op, "residual", residual, len(shape))
         residual = residual.to(compute_dtype(residual))
     check_residual(op, "residual", residual, x, shape, compute_dtype(x))
     return residual  # type: ignore[return-value]

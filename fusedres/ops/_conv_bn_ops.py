@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fusedres import backends
+from fusedres._checks import check_packed, check_reach
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._plans import Plan
 from fusedres._tensors import memory_format_of
 from fusedres.library import conv_bn as split
-from fusedres.ops._contract import library
+from fusedres.ops._contract import library, register_fake
 from fusedres.ops.batch_norm import normalization, statistics_fake
 
 _SOURCE = (
@@ -50,7 +51,12 @@ class _Operands(NamedTuple):
         source, rest = Source(*args[:9]), args[9:]
         stride, padding, dilation, groups = rest[2:6]
         conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
-        return cls(source, rest[0], rest[1], conv), rest[6:]
+        return cls(source, rest[0], rest[1], conv.reduced(source.x.shape, rest[0].shape)), rest[6:]
+
+    def check(self, op: str, **others: Tensor | None) -> None:
+        """What the library's convolution reads, and nothing of ours checks."""
+        check_reach(op, x=self.source.x, weight=self.weight, packed=self.packed, **others)
+        check_packed(op, self.weight, self.packed)
 
     def cast_weight(self) -> Tensor:
         """The weight in the compute dtype."""
@@ -98,6 +104,7 @@ class _Backward(NamedTuple):
 def fwd(*args: Any) -> tuple[Tensor, ...]:
     """conv_bn_fwd; `a` also where the plan keeps it, and empty tensors for what there is not."""
     operands, rest = _Operands.of(args)
+    operands.check("conv_bn_fwd")
     source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     o = _Forward(*rest)
     norm, plan = normalization(*o[1:9]), Plan.of(o.plan)
@@ -135,8 +142,9 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 def bwd(*args: Any) -> tuple[Tensor, ...]:
     """conv_bn_bwd; empty tensors for what there is not."""
     operands, rest = _Operands.of(args)
-    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     o = _Backward(*rest)
+    operands.check("conv_bn_bwd", a=o.a, grad_a=o.grad_a)
+    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     plan = Plan.of(o.plan)
     out = output_shape(source.x.shape, weight.shape, conv)
     if tuple(o.y.shape) != out:  # the library would believe it
@@ -214,5 +222,5 @@ def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 library.impl("conv_bn_fwd", fwd, "CompositeExplicitAutograd")
 library.impl("conv_bn_bwd", bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::conv_bn_fwd", _fwd_fake)
-torch.library.register_fake("fusedres::conv_bn_bwd", _bwd_fake)
+register_fake("conv_bn_fwd", _fwd_fake)
+register_fake("conv_bn_bwd", _bwd_fake)

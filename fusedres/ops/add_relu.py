@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fusedres import backends
 from fusedres._tensors import memory_format_of
 from fusedres.ops import _contract as contract
-from fusedres.ops._contract import library
+from fusedres.ops._contract import library, register_fake
 from fusedres.reference.add_relu import add_relu as reference_add_relu
 
 # --- the ops: schema, kernel look-up, fake --------------------------------------------------------
@@ -32,8 +32,8 @@ def _bwd(grad: Tensor, out: Tensor, backend: str) -> Tensor:
 
 library.impl("add_relu_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("add_relu_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::add_relu_fwd", lambda x, *_: torch.empty_like(x))
-torch.library.register_fake("fusedres::add_relu_bwd", lambda grad, out, *_: torch.empty_like(out))
+register_fake("add_relu_fwd", lambda x, *_: torch.empty_like(x))
+register_fake("add_relu_bwd", lambda grad, out, *_: torch.empty_like(out))
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -87,6 +87,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     op = "add_relu"
     x = contract.check_tensor(op, "x", x, ndim=None)
     residual = contract.check_tensor(op, "residual", residual, ndim=None)
+    contract.check_savable(op, x=x, residual=residual)
     if contract.autocast_on(x):
         residual = residual.to(contract.compute_dtype(residual))
         x = x.to(contract.compute_dtype(x))

@@ -16,7 +16,7 @@ from fusedres._norm import parameter_gradients
 from fusedres._tensors import memory_format_of, stat_dtype
 from fusedres.deferred import Deferred
 from fusedres.ops import _contract as contract
-from fusedres.ops._contract import library
+from fusedres.ops._contract import library, register_fake
 from fusedres.reference.batch_norm import batch_norm as reference_batch_norm
 
 # --- the ops: schema, kernel look-up, fake --------------------------------------------------------
@@ -176,10 +176,10 @@ library.impl("batch_norm_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_bwd", _bwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_act_fwd", _act_fwd, "CompositeExplicitAutograd")
 library.impl("batch_norm_act_bwd", _act_bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::batch_norm_fwd", statistics_fake)
-torch.library.register_fake("fusedres::batch_norm_act_fwd", _act_fwd_fake)
-torch.library.register_fake("fusedres::batch_norm_act_bwd", _act_bwd_fake)
-torch.library.register_fake("fusedres::batch_norm_bwd", _bwd_fake)
+register_fake("batch_norm_fwd", statistics_fake)
+register_fake("batch_norm_act_fwd", _act_fwd_fake)
+register_fake("batch_norm_act_bwd", _act_bwd_fake)
+register_fake("batch_norm_bwd", _bwd_fake)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -332,6 +332,7 @@ def _checked(
     contract.check_bool(op, "relu", relu)
     contract.check_count(op, tuple(y.shape), bn.training)
     residual = contract.check_join(op, residual, y, tuple(y.shape))
+    contract.check_savable(op, y=y, bn_weight=bn.weight, bn_bias=bn.bias, residual=residual)
     y = contract.dense(y.to(contract.compute_dtype(y)), memory_format_of(y))
     backend = backends.backend_for(op, y)
     return y, bn, residual, "reference" if contract.exporting() else backend

@@ -12,7 +12,7 @@ from fusedres import backends
 from fusedres._tensors import memory_format_of
 from fusedres.deferred import Deferred
 from fusedres.ops import _contract as contract
-from fusedres.ops._contract import library
+from fusedres.ops._contract import library, register_fake
 from fusedres.reference.bn_act import bn_act as reference_bn_act
 
 # --- the ops: schema, kernel look-up, fake --------------------------------------------------------
@@ -69,8 +69,8 @@ def _bwd_fake(
 
 library.impl("bn_act_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("bn_act_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::bn_act_fwd", lambda y, *_: torch.empty_like(y))
-torch.library.register_fake("fusedres::bn_act_bwd", _bwd_fake)
+register_fake("bn_act_fwd", lambda y, *_: torch.empty_like(y))
+register_fake("bn_act_bwd", _bwd_fake)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -142,6 +142,7 @@ def bn_act(input: Deferred) -> Tensor:
     if not isinstance(input, Deferred):
         raise TypeError(f"bn_act: input must be a Deferred, got {type(input).__name__}")
     contract.check_deferred("bn_act", "input", input)
+    contract.check_savable("bn_act", input=input)
     backend = backends.backend_for("bn_act", input.y)
     backend = "reference" if contract.exporting() else backend
     input = settle("bn_act", input, backend)

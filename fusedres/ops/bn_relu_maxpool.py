@@ -14,7 +14,7 @@ from fusedres import backends
 from fusedres._tensors import memory_format_of
 from fusedres.deferred import Deferred
 from fusedres.ops import _contract as contract
-from fusedres.ops._contract import library
+from fusedres.ops._contract import library, register_fake
 from fusedres.ops.bn_act import settle
 from fusedres.reference.bn_relu_maxpool import bn_relu_maxpool as reference_bn_relu_maxpool
 
@@ -81,9 +81,9 @@ def _fwd_fake(
 
 library.impl("bn_relu_maxpool_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("bn_relu_maxpool_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::bn_relu_maxpool_fwd", _fwd_fake)
-torch.library.register_fake(
-    "fusedres::bn_relu_maxpool_bwd",
+register_fake("bn_relu_maxpool_fwd", _fwd_fake)
+register_fake(
+    "bn_relu_maxpool_bwd",
     lambda grad, y, mean, *_: (torch.empty_like(y), mean.new_empty(2, mean.size(0))),
 )
 
@@ -139,8 +139,6 @@ def check_window(
     contract.check_int(op, "kernel_size", kernel_size, 1)
     contract.check_int(op, f"{prefix}stride", stride, 1)
     contract.check_int(op, f"{prefix}padding", padding, 0)
-    if stride >= 2**31:
-        raise ValueError(f"{op}: {prefix}stride must be below 2**31, got {stride}")
     if kernel_size > 15:
         raise ValueError(f"{op}: kernel_size must be at most 15, got {kernel_size}")
     if padding > kernel_size // 2:
@@ -152,7 +150,7 @@ def check_window(
     if min(height, width) < 1:
         raise ValueError(
             f"{op}: kernel_size {kernel_size} does not fit the padded input (shape {list(shape)}, "
-            f"padding {padding})"
+            f"{prefix}padding {padding})"
         )
     return height, width
 
@@ -183,6 +181,7 @@ def bn_relu_maxpool(
     if not isinstance(input, Deferred):
         raise TypeError(f"{op}: input must be a Deferred, got {type(input).__name__}")
     contract.check_deferred(op, "input", input)
+    contract.check_savable(op, input=input)
     if not input.relu or input.residual is not None:
         got = "one with a residual" if input.residual is not None else "one without ReLU"
         raise ValueError(f"{op}: input must be a Deferred with ReLU and no residual, got {got}")

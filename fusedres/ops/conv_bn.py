@@ -262,6 +262,9 @@ def _of_emitted(
 # --- the public function --------------------------------------------------------------------------
 
 
+_PADDING_LIMIT = 2**16  # far from it, libraries overflow or ask for all memory
+
+
 def check_conv(
     op: str,
     x: Tensor,
@@ -288,9 +291,11 @@ def check_conv(
     if 0 in w.shape:
         raise ValueError(f"{op}: weight must not be empty, got shape {list(w.shape)}")
     if isinstance(padding, tuple | list) and len(padding) == 4:
-        top, bottom, left, right = (contract.check_int(op, "padding", p, 0) for p in padding)
+        top, bottom, left, right = (
+            contract.check_int(op, "padding", p, 0, _PADDING_LIMIT) for p in padding
+        )
     else:
-        top, left = contract.check_pair(op, "padding", padding, 0)
+        top, left = contract.check_pair(op, "padding", padding, 0, _PADDING_LIMIT)
         bottom, right = top, left
     conv = Conv(
         contract.check_pair(op, "stride", stride, 1),
@@ -304,7 +309,7 @@ def check_conv(
             f"{op}: weight's kernel {list(w.shape[2:])} does not fit the padded input "
             f"(shape {list(x.shape)}, padding {list(conv.padding)}, dilation {list(conv.dilation)})"
         )
-    return w, conv
+    return w, conv.reduced(x.shape, w.shape)
 
 
 @overload
@@ -431,7 +436,7 @@ def conv_bn(
     """
     op, source = "conv_bn", input if isinstance(input, Sampled) else None
     if isinstance(input, Sampled):
-        input = input.value
+        input = contract.check_tensor(op, "input.value", input.value)
     if isinstance(input, Deferred):
         contract.check_deferred(op, "input", input)
         x = input.y
@@ -470,6 +475,8 @@ def conv_bn(
     shape = output_shape(x.shape, weight.shape, conv)
     contract.check_count(op, shape, training)
     residual = contract.check_join(op, residual, x, shape)
+    joined = {"input": input, "residual": residual}
+    contract.check_savable(op, weight=weight, bn_weight=bn.weight, bn_bias=bn.bias, **joined)
     dtype = contract.compute_dtype(x)
     if weight.dtype != dtype and not contract.autocast_on(x):
         raise TypeError(
@@ -541,17 +548,25 @@ def _carriers(
 
 def _check_sampled(op: str, sampled: Sampled, weight: Tensor, conv: Conv) -> None:
     """What takes a Sampled reads just the pixels that its gradient is there for."""
-    n, channels, *sizes = sampled.value.shape
-    sizes = [-(-size // step) for size, step in zip(sizes, sampled.stride, strict=True)]
-    if list(sampled.carrier.shape) != [n, channels, *sizes]:
+    value = sampled.value
+    carrier = contract.check_tensor(op, "input.carrier", sampled.carrier)
+    contract.check_same_device(op, "input.carrier", carrier, value, "input.value")
+    if carrier.dtype != value.dtype:
+        raise TypeError(
+            f"{op}: input.carrier must be {value.dtype} as input.value, got {carrier.dtype}"
+        )
+    steps = contract.check_pair(op, "input.stride", sampled.stride, 1)
+    n, channels, *sizes = value.shape
+    sizes = [-(-size // step) for size, step in zip(sizes, steps, strict=True)]
+    if list(carrier.shape) != [n, channels, *sizes]:
         raise ValueError(
             f"{op}: input.carrier must have shape {[n, channels, *sizes]}, got "
-            f"{list(sampled.carrier.shape)}"
+            f"{list(carrier.shape)}"
         )
     pointwise = tuple(weight.shape[2:]) == (1, 1) and not any(conv.padding) and conv.groups == 1
-    if not pointwise or conv.stride != sampled.stride:
+    if not pointwise or conv.stride != steps:
         raise ValueError(
-            f"{op}: input is sampled by stride {list(sampled.stride)}: it needs a 1x1 kernel of "
+            f"{op}: input is sampled by stride {list(steps)}: it needs a 1x1 kernel of "
             f"this stride, one group and no padding, got kernel {list(weight.shape[2:])}, stride "
             f"{list(conv.stride)}, padding {list(conv.padding)}, groups {conv.groups}"
         )

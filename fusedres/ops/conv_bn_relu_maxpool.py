@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedres import backends
+from fusedres._checks import check_packed, check_reach
 from fusedres._conv import Conv, output_shape
 from fusedres._plans import DATAFLOWS, base_of
 from fusedres._tensors import memory_format_of
 from fusedres.library import conv_bn_relu_maxpool as split
 from fusedres.ops import _contract as contract
-from fusedres.ops._contract import library
+from fusedres.ops._contract import library, register_fake
 from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
     dtype_of,
@@ -66,6 +67,7 @@ class _Operands(NamedTuple):
         """An op's arguments, in the order of its schema, and what follows these."""
         x, weight, packed, stride, padding, dilation, groups = args[:7]
         conv = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+        conv = conv.reduced(x.shape, weight.shape)
         cast = weight.to(x.dtype) if packed is None else packed
         return cls(x, weight, cast, conv, args[7:10]), args[10:]
 
@@ -89,8 +91,17 @@ class _Backward(NamedTuple):
     plan: str
 
 
+def _check_operands(op: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> None:
+    """What the library's convolution reads, and nothing of ours checks."""
+    check_reach(op, x=x, weight=weight, packed=packed)
+    check_packed(op, weight, packed)
+
+
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    _check_operands(f"{OP}_fwd", *args[:3])
     (x, _, weight, conv, window), (*norm, need_winners, backend, plan) = _Operands.of(args)
+    # the pool comes last: what it cannot serve must not have moved the running statistics
+    check_window(f"{OP}_fwd", output_shape(x.shape, weight.shape, conv), *window, "pool_")
     bn = normalization(*norm)
     if plan == "fused":
         kernel = backends.kernels(backend, OP).conv_bn_relu_maxpool_fwd
@@ -118,6 +129,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    _check_operands(f"{OP}_bwd", *args[:3])
     (x, parameter, weight, conv, window), rest = _Operands.of(args)
     o = _Backward(*rest)
     out = output_shape(x.shape, weight.shape, conv)
@@ -153,8 +165,8 @@ def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 library.impl(f"{OP}_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl(f"{OP}_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake(f"fusedres::{OP}_fwd", _fwd_fake)
-torch.library.register_fake(f"fusedres::{OP}_bwd", _bwd_fake)
+register_fake(f"{OP}_fwd", _fwd_fake)
+register_fake(f"{OP}_bwd", _bwd_fake)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -329,6 +341,7 @@ def conv_bn_relu_maxpool(
     shape = output_shape(x.shape, weight.shape, conv)
     contract.check_count(OP, shape, training)
     check_window(OP, shape, kernel_size, pool_stride, pool_padding, "pool_")
+    contract.check_savable(OP, x=x, weight=weight, bn_weight=bn.weight, bn_bias=bn.bias)
     window = (kernel_size, pool_stride, pool_padding)
     dtype = contract.compute_dtype(x)
     if weight.dtype != dtype and not contract.autocast_on(x):
