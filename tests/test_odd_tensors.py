@@ -192,6 +192,13 @@ WRONG: list[tuple[str, Callable[[], Any]]] = [
     ("input.value must be a Tensor", lambda: ops.conv_bn(S._replace(value=D), W, stride=2)),  # type: ignore[arg-type]
     ("input.carrier must be a Tensor", lambda: ops.conv_bn(S._replace(carrier=3), W, stride=2)),  # type: ignore[arg-type]
     ("input.stride must be an int", lambda: ops.conv_bn(S._replace(stride="x"), W, stride=2)),  # type: ignore[arg-type]
+    ("kernel_size must be below", lambda: fusedres.ConvBNReLU(3, 4, 2**40)),
+    ("in_channels must be an int", lambda: fusedres.ConvBNReLU("3", 4, 1)),  # type: ignore[arg-type]
+    ("filters must be at least 1 and below", lambda: fusedres.ConvBlock(8, (2**40, 4, 8))),
+    ("stride_in_1x1 must be a bool", lambda: fusedres.ConvBlock(8, (4, 4, 8), stride_in_1x1=2)),  # type: ignore[arg-type]
+    ("num_classes must be a positive", lambda: fusedres.resnet18(2**40)),
+    ("zero_init_residual must be a bool", lambda: fusedres.resnet18(zero_init_residual="no")),
+    ("x must be a Tensor", lambda: fusedres.ConvBNReLU(3, 4, 1)([1.0])),
 ]  # fmt: skip
 
 

@@ -73,8 +73,16 @@ class ResNet(FusedModule):
         super().__init__()
         details = _details(f"resnet{depth}", depth < 50, variant, overrides)
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"resnet{depth}: {name} must be a positive int, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise ValueError(
+                    f"resnet{depth}: {name} must be a positive int below 2**31, got {value!r}"
+                )
+        for name, flag in (
+            ("zero_init_residual", zero_init_residual),
+            ("stride_in_1x1", details.stride_in_1x1),
+        ):
+            if not isinstance(flag, bool):
+                raise TypeError(f"resnet{depth}: {name} must be a bool, got {flag!r}")
         if memory != "exact":
             raise ValueError(f"resnet{depth}: memory must be 'exact', got {memory!r}")
         self.variant = variant

@@ -21,6 +21,7 @@ from fusedres._tensors import memory_format_of, stored_format
 from fusedres.deferred import Deferred
 from fusedres.nn.init import Initializer, resolve
 from fusedres.nn.layers import apply_conv_bn, has_hooks, is_untouched, plain_reason, same_padding
+from fusedres.ops import _contract as contract
 from fusedres.ops._contract import autocast_on, compute_dtype, exporting
 from fusedres.ops._packed import packing
 
@@ -81,6 +82,8 @@ class _Block(FusedModule):
             x: a Tensor; a Deferred where the caller hands one over.
             defer: return a Deferred where the block ends in one.
         """
+        if not isinstance(x, Tensor | Deferred):
+            raise TypeError(f"{type(self).__name__}: x must be a Tensor, got {type(x).__name__}")
         if self.plain_reason() is not None:
             return self._forward_plain(as_tensor(x))
         out = self._forward_fused(x)
@@ -122,6 +125,14 @@ class ConvBNReLU(_Block):
         relu: bool = True,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
+        _check_positive(name, "in_channels", in_channels)
+        _check_positive(name, "out_channels", out_channels)
+        contract.check_pair(name, "kernel_size", kernel_size, 1)
+        contract.check_pair(name, "stride", stride, 1)
+        if not isinstance(padding, str):
+            contract.check_pair(name, "padding", padding, 0)
+        contract.check_bool(name, "relu", relu)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = relu
@@ -239,6 +250,7 @@ class _Bottleneck(_ResidualBlock):
         _check_positive(name, "in_channels", in_channels)
         _check_positive(name, "kernel_size", kernel_size)
         _check_positive(name, "stride", stride)
+        contract.check_bool(name, "stride_in_1x1", stride_in_1x1)
         if not isinstance(filters, tuple | list) or len(filters) != 3:
             raise ValueError(f"{name}: filters must be (F1, F2, F3), got {filters!r}")
         for f in filters:
@@ -465,5 +477,5 @@ def _initialize(block: nn.Module, initializer: Initializer) -> None:
 def _check_positive(owner: str, name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{owner}: {name} must be at least 1 and below 2**31, got {value}")
