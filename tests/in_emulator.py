@@ -11,9 +11,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import plain_ops
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_ops import gradient
 from torch import Tensor
 
 from fusedres import _norm
@@ -120,18 +122,6 @@ def test_bn_act_fwd(
     check("a", dtype, a, reference_bn_act(*arguments, relu), truth, y)
 
 
-def gradient(
-    grad: Tensor, extra: Tensor | None, a: Tensor | None, y: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor]:
-    """bn_act's backward in plain torch: g, sums."""
-    da = grad.to(mean.dtype) + (0 if extra is None else extra.to(mean.dtype))
-    g = da.to(grad.dtype)
-    g = g if a is None else torch.where(a <= 0, torch.zeros_like(g), g)
-    exact = g.to(mean.dtype)
-    centered = y.to(mean.dtype) - per_channel(mean)
-    return g, torch.stack([exact.sum((0, 2, 3)), (exact * centered).sum((0, 2, 3))])
-
-
 @every_case
 def test_bn_act_bwd(
     turn: int, dtype: torch.dtype, layout: torch.memory_format, c: int, nhw: Sequence[int]
@@ -225,11 +215,8 @@ def plain_statistics(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """What batch_norm_fwd returns, in plain torch."""
-    x = y.to(stat_dtype(y.dtype))
-    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    if not training:
-        mean, var = (r.to(x.dtype) for r in running)  # type: ignore[union-attr]
-    return mean, var, *_norm.normalizers(mean, var, weight, bias, eps)
+    frozen = (None, None) if training else running
+    return plain_ops.batch_norm_fwd(y, weight, bias, *frozen, training, 0.0, eps)
 
 
 @every_case
@@ -244,15 +231,11 @@ def test_batch_norm_bwd(
     types = (None if turn % 4 == 1 else DTYPES[turn % 4], DTYPES[(turn + 1) % 4])
     dy, dweight, dbias = batch_norm.batch_norm_bwd(g, y, mean, scale, rstd, sums, training, *types)
 
-    def plain(g: Tensor, y: Tensor, *vectors: Tensor) -> Tensor:
-        mean, scale, rstd, s0, s1 = map(per_channel, vectors)
-        x, count = g.to(mean.dtype) * scale, y.numel() // y.size(1)
-        if training:
-            x = x - scale * (s0 + rstd * rstd * s1 * (y.to(mean.dtype) - mean)) / count
-        return x.to(g.dtype)
+    def plain(*tensors: Tensor) -> Tensor:
+        return plain_ops.batch_norm_bwd(*tensors, training, None, None)[0]
 
-    vectors = (mean, scale, rstd, *sums)
-    check("dy", dtype, dy, plain(g, y, *vectors), plain(*wide(g, y, *vectors)), y)
+    tensors = (g, y, mean, scale, rstd, sums)
+    check("dy", dtype, dy, plain(*tensors), plain(*wide(*tensors)), y)
     for ours, truth, kind in ((dweight, sums[1] * rstd, types[0]), (dbias, sums[0], types[1])):
         assert (ours is None) == (kind is None)
         if ours is not None and kind is not None:

@@ -31,6 +31,8 @@ SUITES = {  # a name: the file, and what of it
 }
 SLOW = {
     "test_fuzz": ("test_fuzz", "cuda"),
+    "test_fuzz_public": ("test_fuzz_public", "cuda"),
+    "test_threads": ("test_threads", "cuda"),
     "test_cuda_gpu": ("test_cuda_gpu", ""),  # what of it needs no device
     "test_conv_bn": ("test_conv_bn", "cuda and not gradcheck and not nchw"),
     "test_conv_bn_plans": ("test_conv_bn_plans", "cuda"),
