@@ -121,6 +121,8 @@ def _fits(
     try:
         dtype, device, shape, stride = y.dtype, y.device, y.shape, y.stride()
         known = y.layout is torch.strided and device.type in devices and dtype in DTYPES
+        if y.data_ptr() & 7 or not y.data_ptr() or y.is_neg():
+            return False
         if not known or y.dim() != 4 or not y.is_contiguous(memory_format=torch.channels_last):
             return False
         if memory_format is torch.contiguous_format or stride[1] != 1 or shape[1] == 1:
@@ -132,7 +134,7 @@ def _fits(
                 continue
             if t.dtype is not dtype or t.shape != shape or t.device != device:
                 return False
-            if t.stride() != stride:
+            if t.stride() != stride or t.data_ptr() & 7 or not t.data_ptr() or t.is_neg():
                 return False
         dtype = stat_dtype(dtype)
         for name, t in per_channel.items():
@@ -143,6 +145,8 @@ def _fits(
             if t.dtype is not dtype or t.device != device or not t.is_contiguous():
                 return False
             if t.shape != ((2, shape[1]) if "sums" in name else (shape[1],)):
+                return False
+            if t.data_ptr() & 7 or not t.data_ptr() or t.is_neg():
                 return False
     except (AttributeError, RuntimeError, IndexError):
         return False  # no tensor, or one without strides

@@ -182,7 +182,6 @@ NATIVE: dict[str, tuple[str, Callable[[Setting], Arguments]]] = {
     "add_relu_bwd": ("add_relu", _alike("grad", "out")),
     "bn_act_fwd": ("bn_act", _act),
     "bn_act_bwd": ("bn_act", lambda s: _bn_act_bwd(s, False)),
-    "batch_norm_stats": ("batch_norm", lambda s: _act(s)[:1]),
     "batch_norm_fwd": ("batch_norm", lambda s: [*_act(s)[:1], *_norm(s, s.shape, False)]),
     "batch_norm_act_fwd": (
         "batch_norm",
@@ -205,7 +204,7 @@ NATIVE: dict[str, tuple[str, Callable[[Setting], Arguments]]] = {
 REGISTERED: dict[str, Callable[[Setting], Arguments]] = {
     name: arguments
     for name, (_, arguments) in NATIVE.items()
-    if name not in ("batch_norm_stats", "batch_norm_relu_maxpool_bwd")
+    if name != "batch_norm_relu_maxpool_bwd"
 } | {
     "bn_act_bwd": lambda s: _bn_act_bwd(s, True),
     "batch_norm_fwd": lambda s: [*_act(s)[:1], *_norm(s, s.shape, True)],
@@ -332,8 +331,7 @@ def made(name: str, backend: str, plan: Plan) -> tuple[Call, Setting]:
     return call_of(name, backend, s).replace(plan.replaced), s
 
 
-# the other backends have no such function
-CALLS = [(n, b) for n in NAMES for b in BACKENDS if b == "cpp" or n != "native.batch_norm_stats"]
+CALLS = [(n, b) for n in NAMES for b in BACKENDS]
 
 
 def amounts(backend: str) -> list[tuple[str, Any]]:

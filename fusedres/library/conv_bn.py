@@ -51,11 +51,13 @@ def convolution_backward(
     compact: bool = False,  # da of the pixels alone that a 1x1 kernel reads
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad and wgrad by the library, in the compute dtype; None for what is not needed."""
-    if a.size(0) == 0:
-        return torch.zeros_like(a) if need_da else None, torch.zeros_like(
-            weight
-        ) if need_dw else None
     whole, steps = a, conv.stride
+    if a.size(0) == 0:
+        read = a[:, :, :: steps[0], :: steps[1]] if compact else a
+        nothing = (torch.zeros_like(t) for t in (read, weight))
+        return tuple(  # type: ignore[return-value]
+            t if need else None for t, need in zip(nothing, (need_da, need_dw), strict=True)
+        )
     samples = _sampling_pays(a, weight, conv)
     if samples:
         a, conv = _sampled(a, conv, stored_format(a))
