@@ -82,7 +82,7 @@ class _Block(FusedModule):
             x: a Tensor; a Deferred where the caller hands one over.
             defer: return a Deferred where the block ends in one.
         """
-        if not isinstance(x, Tensor | Deferred):
+        if not isinstance(x, Tensor | Deferred | torch.fx.Proxy):
             raise TypeError(f"{type(self).__name__}: x must be a Tensor, got {type(x).__name__}")
         if self.plain_reason() is not None:
             return self._forward_plain(as_tensor(x))
