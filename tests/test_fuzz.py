@@ -335,8 +335,8 @@ CALLS = [(n, b) for n in NAMES for b in BACKENDS]
 
 
 def amounts(backend: str) -> list[tuple[str, Any]]:
-    """How many calls, and a marker: some, and many where calls are fast."""
-    return [("some", ()), ("many", pytest.mark.slow)][: 2 if backend == "cpp" else 1]
+    """How many calls, and a marker."""
+    return [("some", ())]
 
 
 def seed(*words: str) -> int:

@@ -62,8 +62,6 @@ def convolution_backward(
     if samples:
         a, conv = _sampled(a, conv, stored_format(a))
     padded, padding = _pad(a, conv)
-    if not (need_da or need_dw):
-        return None, None
     product = need_dw and _product_pays(dy, padded, weight, conv)
     da, dw, _ = torch.ops.aten.convolution_backward(
         dy,
@@ -159,10 +157,12 @@ def conv_bn_bwd(
     if own:
         assert wgrad is not None
         dw = wgrad(dy, source if a is None else Source.plain(a), parameter, conv)
-    shape = source.x if a is None else a
-    da, library_dw = convolution_backward(
-        dy, shape, weight, conv, need_input, need_weight and not own, plan.compact
-    )
+    da = library_dw = None
+    if need_input or not own:
+        shape = source.x if a is None else a
+        da, library_dw = convolution_backward(
+            dy, shape, weight, conv, need_input, need_weight and not own, plan.compact
+        )
     if library_dw is not None:
         dw = stored_as(library_dw, parameter)
     if da is None:

@@ -69,6 +69,8 @@ class _Forward:
             amount = amount.float()
         self.running = running
         self.stored = [_stored(v, only) for v in (bn_weight, bn_bias, amount, *running)]
+        if not isinstance(eps, int | float):
+            raise TypeError(f"batch_norm_fwd: eps must be a number, got {type(eps).__name__}")
         self.numbers = (0.0 if amount is not None else float(momentum), float(eps))
         self.vectors = tuple([numbered(v) for v in self.stored])
         self.results = pointers(*self.statistics)
