@@ -21,17 +21,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # build isolation leaves it out
+from setup_cpu import cpu_levels
 from setup_cuda import CUDA, NVCC_WHEELS, choose_archs, find_nvcc, output_of, toolkit_file
 
 DEBUG = os.environ.get("FUSEDRES_DEBUG", "0") == "1"
 LINUX = platform.system() == "Linux"
-# Instructions that csrc/cpu is compiled for, besides what every machine has; one is chosen at run
-# time (csrc/cpu_levels.cpp). No fused multiply-add is made of * and +: all give the same bits.
-X86_LEVELS = {"baseline": [], "avx2": ["-mavx2", "-mfma"]}
-X86_LEVELS["avx512"] = [f"-mavx512{x}" for x in ("f", "bw", "vl", "dq")] + X86_LEVELS["avx2"]
-X86_LEVELS["avx512"] += ["-mprefer-vector-width=512"]
-X86_LEVELS["avx512_bf16"] = ["-mavx512bf16", *X86_LEVELS["avx512"]]
-LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 
 
 class NinjaBuild(build_ext):
@@ -66,7 +60,8 @@ class NinjaBuild(build_ext):
         # No kernel looks at floating-point exception flags; kept, they would forbid vector selects.
         host = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-trapping-math"]
         host += ["-Wno-maybe-uninitialized"]  # gcc means its own intrinsics
-        host += ["-ffp-contract=off", "-DFUSEDRES_X86_LEVELS" if LEVELS is X86_LEVELS else ""]
+        levels = cpu_levels(cxx)
+        host += ["-ffp-contract=off", f"-DFUSEDRES_CPU_LEVELS={len(levels)}"]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
         cuda, libs, archs, version = [], [], [], ""
         if nvcc := find_nvcc(build):
@@ -87,7 +82,7 @@ class NinjaBuild(build_ext):
             python += [f'-DFUSEDRES_CUDA_ARCHS="{";".join(archs)}"']
             libs = [str(toolkit_file(nvcc, "libcudart_static.a")), "-ldl", "-lrt", "-lpthread"]
         what = f"{nvcc} for {' '.join(archs)}" if nvcc else "none"
-        print(f"fusedres: CUDA kernels: {what}", flush=True)
+        print(f"fusedres: CPU kernels: {' '.join(levels)}; CUDA kernels: {what}", flush=True)
 
         def line(*words: object) -> str:
             return " ".join(shlex.quote(str(w)) for w in words if w).replace("$", "$$")
@@ -111,7 +106,7 @@ rule link
             # Only the bindings see Python: a new build environment recompiles nothing else.
             variants = {"": python if source.name == "bindings.cpp" else []}
             if source.parent.name == "cpu":
-                variants = {n: [f"-DFUSEDRES_CPU_LEVEL={n}", *f] for n, f in LEVELS.items()}
+                variants = {n: [f"-DFUSEDRES_CPU_LEVEL={n}", *f] for n, f in levels.items()}
             for name, flags in variants.items():
                 obj = build / source.relative_to("csrc").parent / name / f"{source.name}.o"
                 text += f"build {obj}: {rule} {source}\n  extra = {line(*flags)}\n"

@@ -297,5 +297,5 @@ def test_a_wrong_input_counts_no_batch() -> None:
     with pytest.raises(ValueError, match="weight has 8 input channels"):
         block(torch.randn(2, 7, 5, 5))
     assert int(block.bn1.num_batches_tracked) == 0 and not block.bn1.running_mean.any()
-    with pytest.raises(TypeError, match="IdentityBlock: x must be a Tensor, got list"):
+    with pytest.raises(TypeError, match="input must be a Tensor or a Deferred, got list"):
         block([1.0])

@@ -1,8 +1,8 @@
 """Wrong calls of the registered ops, and of the functions behind them, where a bare pointer is
 nearest, end in exceptions or in right answers.
 
-A call is made right, with up to three of its arguments then replaced (fuzzing.py). What comes back
-may be an exception or, where what came could be served, what plain_ops.py makes of the same
+A call is made right, with up to three of its arguments then replaced (fuzz_ways.py). What comes
+back may be an exception or, where what came could be served, what plain_ops.py makes of the same
 arguments; never a crash (under sanitizers an access out of bounds is one), and never, from a
 registered op that refuses, an argument that was written to.
 """
@@ -335,8 +335,8 @@ CALLS = [(n, b) for n in NAMES for b in BACKENDS]
 
 
 def amounts(backend: str) -> list[tuple[str, Any]]:
-    """How many calls, and a marker."""
-    return [("some", ())]
+    """How many calls, and a marker: some, and many where calls are fast."""
+    return [("some", ()), ("many", pytest.mark.slow)][: 2 if backend == "cpp" else 1]
 
 
 def seed(*words: str) -> int:

@@ -198,7 +198,7 @@ WRONG: list[tuple[str, Callable[[], Any]]] = [
     ("stride_in_1x1 must be a bool", lambda: fusedres.ConvBlock(8, (4, 4, 8), stride_in_1x1=2)),  # type: ignore[arg-type]
     ("num_classes must be a positive", lambda: fusedres.resnet18(2**40)),
     ("zero_init_residual must be a bool", lambda: fusedres.resnet18(zero_init_residual="no")),
-    ("x must be a Tensor", lambda: fusedres.ConvBNReLU(3, 4, 1)([1.0])),
+    ("input must be a Tensor", lambda: fusedres.ConvBlock(8, (4, 4, 8))([1.0])),
 ]  # fmt: skip
 
 

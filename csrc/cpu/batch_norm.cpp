@@ -70,7 +70,7 @@ void moments_stage1(const Shape& shape, int threads, const T* y, double* partial
       }
       count = total;
     });
-    if (item.channel == 0 || !shape.channels_inner()) row[0] = count;
+    if (item.channel == 0) row[0] = count;
   });
 }
 

@@ -1,7 +1,7 @@
 // Several elements at once, by the compiler's own vector types: one source for every instruction
 // set.
 //
-// Each file of csrc/cpu is compiled once per level, a set of instructions (setup.py), in a
+// Each file of csrc/cpu is compiled once per level, a set of instructions (setup_cpu.py), in a
 // namespace of that name; csrc/cpu_levels.cpp picks one at run time. All levels give the same bits:
 // nothing is contracted to fused multiply-adds, and sums of a channel run in one order. The
 // exception are denormal bf16 numbers, which the conversion instruction of avx512_bf16 takes for

@@ -82,8 +82,6 @@ class _Block(FusedModule):
             x: a Tensor; a Deferred where the caller hands one over.
             defer: return a Deferred where the block ends in one.
         """
-        if not isinstance(x, Tensor | Deferred | torch.fx.Proxy):
-            raise TypeError(f"{type(self).__name__}: x must be a Tensor, got {type(x).__name__}")
         if self.plain_reason() is not None:
             return self._forward_plain(as_tensor(x))
         out = self._forward_fused(x)
@@ -200,6 +198,8 @@ class _ResidualBlock(_Block):
         """The stride of a shortcut that is to give no gradient for what it does not read."""
         if self.downsample is None or torch.compiler.is_compiling():
             return None  # Dynamo makes zeros of the gradients that do not come
+        if not isinstance(x, Tensor | Deferred):
+            return None  # type: ignore[unreachable]  # conv_bn will say so
         conv: Any = self.downsample[0]
         choice = backends.choose("conv_bn", x.device.type, compute_dtype(as_stored(x)))
         pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1

@@ -81,8 +81,8 @@ def build(folder: Path, sanitize: bool = True) -> Path:
     # kernels, which they want to be linked.
     plain = ["-fno-sanitize=all", "-O0"]
     sources = {CSRC / "bindings.cpp": [*python, *plain]}
-    sources[CSRC / "cpu_levels.cpp"] = plain
-    lowest = [*plain, "-DFUSEDRES_CPU_LEVEL=baseline"]
+    lowest = [*plain, "-DFUSEDRES_CPU_LEVELS=1", "-DFUSEDRES_CPU_LEVEL=baseline"]
+    sources[CSRC / "cpu_levels.cpp"] = lowest
     sources |= {s: lowest for s in sorted(CSRC.glob("cpu/*.cpp"))}
     sources |= {s: ["-DFUSEDRES_WITH_CUDA"] for s in sorted(CSRC.glob("cuda/*.cu"))}
     target = folder / "_C.so"
