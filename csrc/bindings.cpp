@@ -178,6 +178,14 @@ BatchNormFwdParams batch_norm_fwd_params(const Head& head, bool training, double
           pointer(t[6])};
 }
 
+BatchNormBwdParams batch_norm_bwd_params(const Head& head, bool training, const Addresses<9>& t,
+                                         const std::array<Numbered, 2>& gradients) {
+  return {dtype_of(head),          shape_of(head),         training,      pointer(t[0]),
+          pointer(t[1]),           pointer(t[2]),          pointer(t[3]), pointer(t[4]),
+          pointer(t[5]),           pointer(t[6]),          pointer(t[7]), pointer(t[8]),
+          vector_of(gradients[0]), vector_of(gradients[1])};
+}
+
 // --- kernels ------------------------------------------------------------------------------------
 
 void bind_bn_act(py::module_& m) {
@@ -234,10 +242,8 @@ void bind_batch_norm(py::module_& m) {
       "batch_norm_bwd",
       [](const Head& head, bool training, const Addresses<9>& t, const Numbered& dweight,
          const Numbered& dbias) {
-        const BatchNormBwdParams params = {
-            dtype_of(head), shape_of(head), training,           pointer(t[0]),   pointer(t[1]),
-            pointer(t[2]),  pointer(t[3]),  pointer(t[4]),      pointer(t[5]),   pointer(t[6]),
-            pointer(t[7]),  pointer(t[8]),  vector_of(dweight), vector_of(dbias)};
+        const BatchNormBwdParams params =
+            batch_norm_bwd_params(head, training, t, {dweight, dbias});
         run("batch_norm_bwd", head,
             [&](auto... how) { return launch_batch_norm_bwd(params, how...); });
       },
@@ -327,7 +333,85 @@ void bind_add_relu(py::module_& m) {
       "head"_a, "tensors"_a);
 }
 
-void bind_conv_bn(py::module_& m) {
+// The head of a convolution's output, from that of its input.
+Head of_output(const Head& head, int64_t filters) {
+  Head output = head;
+  std::get<1>(output)[1] = filters;
+  return output;
+}
+
+int cpu_threads(const char* op, const Head& head) {
+  if (!on_cpu(head)) throw std::invalid_argument(std::string(op) + ": runs on the CPU");
+  return static_cast<int>(std::get<4>(head));
+}
+
+void bind_conv_bn_pointwise(py::module_& m) {
+  const auto fwd_params = [](const Head& head, int64_t filters, bool relu, const Addresses<9>& act,
+                             bool training, double momentum, double eps,
+                             const std::array<Numbered, 5>& vectors, const Addresses<7>& t,
+                             const Numbered& weight) -> ConvBnFwdParams {
+    const Head output = of_output(head, filters);
+    return {bn_act_fwd_params(head, relu, act), const_vector_of(weight),
+            batch_norm_fwd_params(output, training, momentum, eps, vectors, t), pointer(t[0]),
+            pointer(t[6])};
+  };
+  m.def(
+      "conv_bn_fwd",
+      [=](const Head& head, int64_t filters, bool relu, const Addresses<9>& act, bool training,
+          double momentum, double eps, const std::array<Numbered, 5>& vectors,
+          const Addresses<7>& t, const Numbered& weight) {
+        const ConvBnFwdParams params =
+            fwd_params(head, filters, relu, act, training, momentum, eps, vectors, t, weight);
+        const int threads = cpu_threads("conv_bn_fwd", head);
+        const py::gil_scoped_release no_gil;
+        launch_conv_bn_fwd(params, threads);
+      },
+      "head"_a, "filters"_a, "relu"_a, "act"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a,
+      "tensors"_a, "weight"_a);
+  m.def(
+      "conv_bn_fwd_workspace",
+      [=](const Head& head, int64_t filters, bool training) {
+        return conv_bn_fwd_workspace(
+            fwd_params(head, filters, false, {}, training, 0, 0, {}, {}, {}));
+      },
+      "head"_a, "filters"_a, "training"_a);
+
+  const auto dgrad_params = [](const Head& head, int64_t filters, bool training,
+                               const Addresses<9>& t, const std::array<Numbered, 2>& gradients,
+                               const Numbered& weight, const Addresses<13>& act, Address sampled,
+                               const std::array<int64_t, 2>& steps) -> ConvBnDgradParams {
+    const Head output = of_output(head, filters);
+    return {batch_norm_bwd_params(output, training, t, gradients),
+            const_vector_of(weight),
+            bn_act_bwd_params(head, act),
+            pointer(sampled),
+            steps[0],
+            steps[1],
+            pointer(t[8])};
+  };
+  m.def(
+      "conv_bn_dgrad",
+      [=](const Head& head, int64_t filters, bool training, const Addresses<9>& t,
+          const std::array<Numbered, 2>& gradients, const Numbered& weight,
+          const Addresses<13>& act, Address sampled, const std::array<int64_t, 2>& steps) {
+        const ConvBnDgradParams params =
+            dgrad_params(head, filters, training, t, gradients, weight, act, sampled, steps);
+        const int threads = cpu_threads("conv_bn_dgrad", head);
+        const py::gil_scoped_release no_gil;
+        launch_conv_bn_dgrad(params, threads);
+      },
+      "head"_a, "filters"_a, "training"_a, "tensors"_a, "gradients"_a, "weight"_a, "act"_a,
+      "sampled"_a, "steps"_a);
+  m.def(
+      "conv_bn_dgrad_workspace",
+      [=](const Head& head, int64_t filters, const Addresses<13>& act) {
+        return conv_bn_dgrad_workspace(
+            dgrad_params(head, filters, false, {}, {}, {}, act, 0, {1, 1}));
+      },
+      "head"_a, "filters"_a, "act"_a);
+}
+
+void bind_conv_bn_wgrad(py::module_& m) {
   using Window = std::array<int64_t, 8>;
   using Strides = std::array<int64_t, 4>;
   const auto params_of = [](const Head& head, const Sizes& output, const Window& w, bool relu,
@@ -353,10 +437,10 @@ void bind_conv_bn(py::module_& m) {
       "conv_bn_wgrad",
       [=](const Head& head, const Sizes& output, const Window& window, bool relu,
           const Addresses<7>& t, const Strides& strides) {
-        if (!on_cpu(head)) throw std::invalid_argument("conv_bn_wgrad: runs on the CPU");
         const ConvBnWgradParams params = params_of(head, output, window, relu, t, strides);
+        const int threads = cpu_threads("conv_bn_wgrad", head);
         const py::gil_scoped_release no_gil;
-        launch_conv_bn_wgrad(params, static_cast<int>(std::get<4>(head)));
+        launch_conv_bn_wgrad(params, threads);
       },
       "head"_a, "output"_a, "window"_a, "relu"_a, "tensors"_a, "strides"_a);
   m.def(
@@ -444,6 +528,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = cuda_archs();
   m.def("cpu_levels", &cpu_levels, "Levels of CPU kernels that run here, the best one last.");
   m.def("cpu_level", &cpu_level, "The one in force.");
+  m.def("cpu_has_tiles", &cpu_has_tiles, "Whether it multiplies tiles of bf16.");
   m.def("set_cpu_level", &set_cpu_level, "name"_a, "Takes another one, for tests.");
   m.def("cuda_driver_status", &cuda_driver_status,
         "None when CUDA kernels can run on this machine, else the reason.");
@@ -451,7 +536,8 @@ PYBIND11_MODULE(_C, m) {
   bind_batch_norm(m);
   bind_bn_relu_maxpool(m);
   bind_add_relu(m);
-  bind_conv_bn(m);
+  bind_conv_bn_pointwise(m);
+  bind_conv_bn_wgrad(m);
 #ifdef FUSEDRES_WITH_CUDA
   m.attr("cuda_built") = true;
   m.def("pack", &pack, "dtype"_a, "device"_a, "stream"_a, "buffer"_a, "entries"_a);

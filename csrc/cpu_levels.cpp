@@ -14,6 +14,9 @@
 #include "fusedres/bn_act.h"
 #include "fusedres/bn_relu_maxpool.h"
 #include "fusedres/conv_bn.h"
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 // Calls X(level, ..) for each level that there is, every one of which has what those before it
 // have.
@@ -67,6 +70,19 @@ std::atomic<int>& in_force() {
 
 std::vector<std::string> cpu_levels() { return {kNames, kNames + best() + 1}; }
 
+bool cpu_has_tiles() {
+#ifdef __x86_64__
+  static const bool found = [] {  // asked once: a virtual machine may take long to answer
+    constexpr unsigned kTilesOfBf16 = 1u << 22;  // CPUID.(7, 0).EDX: AMX-BF16
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTilesOfBf16) != 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 std::string cpu_level() { return kNames[in_force()]; }
 
 void set_cpu_level(const std::string& name) {
@@ -100,13 +116,19 @@ FUSEDRES_LAUNCHER(launch_bn_act_fwd, BnActFwdParams)
 FUSEDRES_LAUNCHER(launch_bn_act_bwd, BnActBwdParams)
 FUSEDRES_LAUNCHER(launch_bn_relu_maxpool_fwd, BnReluMaxpoolFwdParams)
 FUSEDRES_LAUNCHER(launch_bn_relu_maxpool_bwd, BnReluMaxpoolBwdParams)
+FUSEDRES_LAUNCHER(launch_conv_bn_fwd, ConvBnFwdParams)
+FUSEDRES_LAUNCHER(launch_conv_bn_dgrad, ConvBnDgradParams)
 FUSEDRES_LAUNCHER(launch_conv_bn_wgrad, ConvBnWgradParams)
 
-namespace baseline {
-int64_t conv_bn_wgrad_workspace(const ConvBnWgradParams& params);
-}
-int64_t conv_bn_wgrad_workspace(const ConvBnWgradParams& params) {
-  return baseline::conv_bn_wgrad_workspace(params);  // the same at every level
-}
+// Bytes of a workspace, the same at every level.
+#define FUSEDRES_WORKSPACE(workspace, Params) \
+  namespace baseline {                        \
+  int64_t workspace(const Params& params);    \
+  }                                           \
+  int64_t workspace(const Params& params) { return baseline::workspace(params); }
+
+FUSEDRES_WORKSPACE(conv_bn_fwd_workspace, ConvBnFwdParams)
+FUSEDRES_WORKSPACE(conv_bn_dgrad_workspace, ConvBnDgradParams)
+FUSEDRES_WORKSPACE(conv_bn_wgrad_workspace, ConvBnWgradParams)
 
 }  // namespace fusedres

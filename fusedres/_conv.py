@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 STEM_CHANNELS = 4  # the most that kernels for images take
+BLOCK = 32  # channels and filters of the CPU's products come in so many
+MOST_CHANNELS = 4096
 
 
 class Conv(NamedTuple):
@@ -20,6 +22,18 @@ class Conv(NamedTuple):
     padding: tuple[int, int, int, int]  # top, bottom, left, right
     dilation: tuple[int, int]
     groups: int
+
+    def check(self, op: str) -> None:
+        """Steps that libraries do not look at where they need none, or divide by.
+
+        Raises:
+            ValueError: a stride, dilation or number of groups below 1, or padding below 0.
+        """
+        least = {"stride": 1, "padding": 0, "dilation": 1}
+        named = {name: (getattr(self, name), minimum) for name, minimum in least.items()}
+        for name, (values, minimum) in {**named, "groups": ((self.groups,), 1)}.items():
+            if min(values) < minimum:
+                raise ValueError(f"{op}: {name} must be at least {minimum}, got {list(values)}")
 
     def even_padding(self) -> bool:
         """Whether both sides are padded alike, so that the library can do it."""
@@ -56,6 +70,13 @@ class Conv(NamedTuple):
     def has_fused_kernel(self, kernel_size: tuple[int, int]) -> bool:
         """Whether conv_bn has a fused plan for it: of any kernel size, but one group."""
         return self.groups == 1 and min(kernel_size) > 0
+
+    def has_cpu_kernel(self, weight: torch.Size) -> bool:
+        """Whether the CPU's fused plan takes it: 1x1 of stride 1, channels in blocks."""
+        filters, channels, height, width = weight
+        whole = filters % BLOCK == 0 and channels % BLOCK == 0
+        pointwise = self.stride == (1, 1) and self.is_pointwise((height, width))
+        return pointwise and whole and max(filters, channels) <= MOST_CHANNELS
 
     def has_stem_kernel(self, in_channels: int) -> bool:
         """Whether kernels for images serve it, whatever its kernel and stride."""

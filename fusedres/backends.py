@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     ops: tuple[str, ...]
     plans: tuple[str, ...]  # of conv_bn, as _plans.base_of names them
+    fuses: tuple[str, ...] = ()  # which of TWO_PLANS have the plan "fused"
 
 
 _ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -54,7 +56,8 @@ BACKENDS = {
             ("cpu",),
             (torch.float32, torch.bfloat16, torch.float64),
             OPS,
-            ("split",),
+            ("fused", "split"),
+            ("conv_bn",),
         ),
         Backend(
             "triton",
@@ -63,6 +66,7 @@ BACKENDS = {
             _INTERPRETED_DTYPES if INTERPRETED else _ALL_DTYPES,
             OPS,
             ("fused", "epilogue", "split"),
+            TWO_PLANS,
         ),
         Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, OPS, ("split",)),
     )
@@ -242,7 +246,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
         serving = [name for name, reason in why.items() if reason is None]
         light = backend = serving[0] if serving else "reference"
         if op in TWO_PLANS and base_of(plan) != "split":  # `light` runs what is not fused
-            backend = next((n for n in serving if "fused" in BACKENDS[n].plans), backend)
+            backend = next((n for n in serving if op in BACKENDS[n].fuses), backend)
         passed_over = list(why)
         if serving and op not in TWO_PLANS:
             passed_over = passed_over[: passed_over.index(light)]
@@ -271,6 +275,7 @@ def plan_of(
     weight: Tensor,
     conv: Conv,
     out_shape: tuple[int, ...] | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> str:
     """How conv_bn runs one convolution, as _plans.Plan writes it.
 
@@ -281,13 +286,19 @@ def plan_of(
         weight: [K, C / groups, R, S] on the device that computes.
         conv: the geometry.
         out_shape: [N, K, OH, OW]; None where it is not known yet: taken as large.
+        memory_format: of the input.
     """
     kernel = (weight.size(2), weight.size(3))
     pointwise = conv.is_pointwise(kernel)
-    fusable = "fused" in BACKENDS[choice.backend].plans and conv.has_fused_kernel(kernel)
+    fusable = "conv_bn" in BACKENDS[choice.backend].fuses and conv.has_fused_kernel(kernel)
+    if fusable and choice.backend == "cpp":
+        served = memory_format is torch.channels_last and conv.has_cpu_kernel(weight.shape)
+        fusable = served and _cpu_multiplies(dtype)
     if choice.plan == "auto":
         if not fusable:
             return "split"
+        if choice.backend == "cpp":
+            return "fused"  # nowhere slower
         rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
         for known in _plan_table.plans(_plan_table.device_name(weight.device), dtype):
             if weight.size(1) != known.in_channels or weight.size(0) != known.out_channels:
@@ -301,7 +312,15 @@ def plan_of(
         plan = flow.pointwise if pointwise else flow.spatial
     else:
         plan = choice.plan
-    return plan if fusable or base_of(plan) == "split" else "split"
+    if base_of(plan) == "split" or not fusable:
+        return plan if base_of(plan) == "split" else "split"
+    return "fused" if choice.backend == "cpp" else plan  # it has no options
+
+
+@torch.compiler.assume_constant_result
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    multiplies: Callable[[torch.dtype], bool] = kernels("cpp", "conv_bn").multiplies
+    return multiplies(dtype)
 
 
 def samples_shortcuts(choice: Choice) -> bool:
@@ -332,9 +351,10 @@ def way_of(
     weight: Tensor,
     conv: Conv,
     out_shape: tuple[int, ...] | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> tuple[str, str]:
     """Backend and plan of one convolution with its BatchNorm; the arguments of `plan_of`."""
-    plan = plan_of(choice, dtype, weight, conv, out_shape)
+    plan = plan_of(choice, dtype, weight, conv, out_shape, memory_format)
     if base_of(plan) != "split":
         return choice.backend, plan
     size = None if out_shape is None else math.prod(out_shape) * dtype.itemsize
@@ -381,6 +401,7 @@ def kernels(backend: str, op: str) -> ModuleType:
     Raises:
         ValueError: there is no such backend, or it has no such kernels.
     """
-    if backend == "reference" or backend not in BACKENDS or op not in BACKENDS[backend].ops:
+    known = backend != "reference" and backend in BACKENDS and op in BACKENDS[backend].ops
+    if not known or (op in TWO_PLANS and op not in BACKENDS[backend].fuses):
         raise ValueError(f"{op}: no kernels of a backend {backend!r}")
     return importlib.import_module(f"{BACKENDS[backend].room}.{op}")

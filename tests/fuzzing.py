@@ -133,6 +133,16 @@ class Setting:
         """[N, K, OH, OW] of the convolution."""
         return output_shape(self.shape, torch.Size((self.filters, 1, *self.kernel)), self.conv)
 
+    def in_blocks(self) -> Setting:
+        """A 1x1 convolution of channels in blocks, as the CPU multiplies them."""
+        shape = (self.shape[0], 32, *self.shape[2:])
+        conv = Conv((1, 1), (0, 0, 0, 0), (1, 1), 1)
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+        return replace(
+            self, dtype=dtype, layout=CHANNELS_LAST, shape=shape, kernel=(1, 1), conv=conv,
+            filters=64,
+        )  # fmt: skip
+
     def trains_on(self, shape: Sequence[int]) -> bool:
         """One value per channel cannot."""
         return self.training and shape[0] * shape[2] * shape[3] != 1

@@ -33,8 +33,10 @@ from fusedres.testing import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
 PROTOCOL = [b for b in BACKENDS if b != "reference"]  # those whose gradients run through sums
-# plans with options, and what lies between these two: test_conv_bn_plans
+# plans with options, and what lies between these two: test_conv_bn_plans; "fused" of cpp, which is
+# for blocks of channels: test_conv_bn_pointwise
 WAYS = [(b, p) for b in BACKENDS for p in ("fused", "split") if p in registry.BACKENDS[b].plans]
+WAYS = [way for way in WAYS if way != ("cpp", "fused")]
 PROTOCOL_WAYS = [(b, plan) for b, plan in WAYS if b != "reference"]
 
 
@@ -539,5 +541,5 @@ def test_nothing_is_written_before_an_error() -> None:
 
 
 def test_a_plan_that_is_not_there_is_refused() -> None:
-    with use_plan("fused"), pytest.raises(RuntimeError, match="no 'fused' plan"):
+    with use_plan("epilogue"), pytest.raises(RuntimeError, match="no 'epilogue' plan"):
         conv_bn(X, W)

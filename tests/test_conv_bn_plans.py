@@ -33,9 +33,9 @@ from fusedres.testing import (
 )
 
 OPTIONED = ("split+keep", "fused+masks", "fused+merged", "epilogue", "epilogue+keep")
-WAYS = [(b, p) for b in PROTOCOL for p in OPTIONED if base_of(p) in registry.BACKENDS[b].plans]
+FUSING = [b for b in PROTOCOL if "fused" in registry.BACKENDS[b].plans and b != "cpp"]
+WAYS = [(b, p) for b in PROTOCOL for p in OPTIONED if base_of(p) == "split" or b in FUSING]
 MASKING = [b for b in PROTOCOL if b in ("cuda", "triton")]
-FUSING = [b for b in PROTOCOL if "fused" in registry.BACKENDS[b].plans]
 
 CHAINS = [
     Chain("none", kernel=3, padding=1),

@@ -33,7 +33,8 @@ from fusedres.testing import (
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
-WAYS = [(b, p) for b in BACKENDS for p in ("fused", "split") if p in registry.BACKENDS[b].plans]
+FUSING = [b for b in BACKENDS if "conv_bn_relu_maxpool" in registry.BACKENDS[b].fuses]
+WAYS = [(b, p) for b in BACKENDS for p in ("fused", "split") if p == "split" or b in FUSING]
 PROTOCOL_WAYS = [(b, plan) for b, plan in WAYS if b != "reference"]
 SERVED = [(b, p, d) for b, p in WAYS for d in DTYPES if serves(b, "conv_bn_relu_maxpool", d)]
 
@@ -350,7 +351,10 @@ def test_direct_calls_of_the_ops_end_in_a_value_error(backend: str) -> None:
     w, v, y = torch.randn(4, 3, 3, 3), torch.ones(4), torch.randn(2, 4, 6, 6)
     y = y.contiguous(memory_format=CHANNELS_LAST)
     grad = torch.randn(2, 4, 3, 3).contiguous(memory_format=CHANNELS_LAST)
-    plans = registry.BACKENDS[backend].plans
+    plans = ("fused", "split") if backend in FUSING else ("split",)
+    if backend not in FUSING:
+        with pytest.raises(ValueError, match="no kernels of a backend"):
+            registry.kernels(backend, "conv_bn_relu_maxpool")
 
     def forward(plan: str, x: Tensor = x, w: Tensor = w, v: Tensor = v, pool: Any = (3, 2, 1)):
         conv = (None, (1, 1), (0, 0, 0, 0), (1, 1), 1)

@@ -136,8 +136,13 @@ def _conv(s: Setting) -> Arguments:
     return [*given, ("groups", "int", s.conv.groups)]
 
 
-def _way() -> Arguments:
-    return [("plan", "plan", "split")]
+def _way(s: Setting) -> Arguments:
+    fused = (
+        s.conv.has_cpu_kernel(s.weight(12).shape)
+        and backends.kernels("cpp", "conv_bn").multiplies(s.dtype)
+        and s.seed % 4 > 0
+    )
+    return [("plan", "plan", "fused" if fused else "split")]
 
 
 def _conv_bn_fwd(s: Setting) -> Arguments:
@@ -221,17 +226,20 @@ REGISTERED: dict[str, Callable[[Setting], Arguments]] = {
 }
 WITH_PLAN = [name for name in REGISTERED if name.startswith("conv_bn")]
 NAMES = [f"native.{n}" for n in NATIVE] + [f"ops.{n}" for n in REGISTERED]
+IN_BLOCKS = " in blocks"  # such calls have kernels of their own on the CPU
+CPU_NAMES = [f"ops.{n}{IN_BLOCKS}" for n in ("conv_bn_fwd", "conv_bn_bwd")]
 
 
 def call_of(name: str, backend: str, s: Setting) -> Call:
     """A right call."""
-    where, _, name = name.partition(".")
+    s = s.in_blocks() if name.endswith(IN_BLOCKS) else s
+    where, _, name = name.removesuffix(IN_BLOCKS).partition(".")
     if where == "native":
         op, build = NATIVE[name]
         arguments, function = build(s), getattr(backends.kernels(backend, op), name)
     else:
         arguments = [*REGISTERED[name](s), ("backend", "backend", backend)]
-        arguments += _way() if name in WITH_PLAN else []
+        arguments += _way(s) if name in WITH_PLAN else []
         packet = getattr(torch.ops.fusedres, name)
         schema = [a.name for a in packet.default._schema.arguments]
         arguments = [(n, *rest) for n, (_, *rest) in zip(schema, arguments, strict=True)]  # type: ignore[misc]
@@ -244,7 +252,7 @@ def call_of(name: str, backend: str, s: Setting) -> Call:
 
 def expected(name: str, call: Call) -> tuple[Tensor | None, ...] | None:
     """By plain torch; None where it has no such way of running."""
-    where, _, name = name.partition(".")
+    where, _, name = name.removesuffix(IN_BLOCKS).partition(".")
     for n, v in call.arguments.items():
         if call.roles[n] == "bool" and isinstance(v, Tensor) and v.numel() > 1:
             return None  # neither true nor false, and of no use where it is not asked
@@ -259,7 +267,7 @@ def expected(name: str, call: Call) -> tuple[Tensor | None, ...] | None:
             arguments[n] = torch.zeros(v.shape, dtype=v.dtype)
     values = list(arguments.values())
     if where == "ops" and name in WITH_PLAN:
-        known = arguments["plan"] == "split" and not arguments.get("need_winners")
+        known = arguments["plan"] in ("fused", "split") and not arguments.get("need_winners")
         return getattr(plain_ops, name)(*values) if known else None
     if where == "ops":
         values = values[:-1]  # the backend
@@ -331,7 +339,7 @@ def made(name: str, backend: str, plan: Plan) -> tuple[Call, Setting]:
     return call_of(name, backend, s).replace(plan.replaced), s
 
 
-CALLS = [(n, b) for n in NAMES for b in BACKENDS]
+CALLS = [(n, b) for b in BACKENDS for n in (*NAMES, *(CPU_NAMES if b == "cpp" else ()))]
 
 
 def amounts(backend: str) -> list[tuple[str, Any]]:

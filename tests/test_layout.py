@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_rooms_import_no_third_party_but_their_own(room: str) -> None:
 
 def public_stems(folder: Path, pattern: str = "*.py") -> set[str]:
     stems = {p.name.split(".")[0] for p in folder.glob(pattern)}
-    stems = {s.removesuffix("_fwd").removesuffix("_bwd") for s in stems}
+    stems = {re.sub("_(fwd|bwd|wgrad)$", "", s) for s in stems}
     return {s for s in stems if not s.startswith("_")}
 
 

@@ -67,12 +67,19 @@ def conv_of(layer: Layer) -> Conv:
     return Conv((layer.stride, layer.stride), (padding,) * 4, (1, 1), 1)
 
 
-def plans_of(layer: Layer, backend: str) -> tuple[str, ...]:
-    """The plans of a backend that are worth timing for a layer; none that holds more memory."""
+def plans_of(layer: Layer, backend: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """The plans of a backend that are worth timing for a layer (in a dtype; None: any); none that
+    holds more memory.
+    """
     kernel = (layer.kernel, layer.kernel)
-    served = backends.BACKENDS[backend].plans
-    if "fused" not in served or not conv_of(layer).has_fused_kernel(kernel):
+    fuses = "conv_bn" in backends.BACKENDS[backend].fuses
+    if not fuses or not conv_of(layer).has_fused_kernel(kernel):
         return ("split",)
+    if backend == "cpp":
+        shape = torch.Size((layer.out_channels, layer.in_channels, *kernel))
+        multiplies = backends.kernels("cpp", "conv_bn").multiplies
+        served = conv_of(layer).has_cpu_kernel(shape) and (dtype is None or multiplies(dtype))
+        return ("fused", "split") if served else ("split",)
     if layer.kernel > 1:
         return ("fused", "split") if layer.role == "stem" else ("fused", "epilogue", "split")
     return "fused", "split", *_with_options(layer)
@@ -170,7 +177,7 @@ class Site:
         candidates = [
             Candidate(f"fusedres-{backend}", partial(ours, backend, plan), backend, plan)
             for backend in own_backends("conv_bn", self.device, self.dtype)
-            for plan in plans_of(layer, backend)
+            for plan in plans_of(layer, backend, self.dtype)
         ]
         candidates.append(Candidate("eager", eager, note="BatchNorm, add, ReLU, convolution"))
         library = partial(self._library, direction)

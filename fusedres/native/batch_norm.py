@@ -38,7 +38,7 @@ def _stored(v: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return v.detach().to(v.dtype if dtype is None else dtype).contiguous()
 
 
-class _Forward:
+class Forward:
     """What a forward kernel takes of a BatchNorm, and what follows it."""
 
     def __init__(
@@ -88,6 +88,34 @@ class _Forward:
         return self.statistics
 
 
+class GradientVectors:
+    """dweight and dbias as a backward kernel writes them; on the CPU where they are of the sums'
+    dtype.
+    """
+
+    def __init__(self, y: Tensor, types: tuple[torch.dtype | None, torch.dtype | None]) -> None:
+        for dtype in types:
+            if dtype is not None and dtype not in DTYPES:
+                raise ValueError(f"batch_norm_bwd: a gradient cannot be {dtype}")
+        own = stat_dtype(y.dtype) if y.device.type == "cpu" else None
+        self._left = [None if own in (None, t) else t for t in types]
+        kernels = (t if left is None else None for t, left in zip(types, self._left, strict=True))
+        self._made = [
+            None if t is None else torch.empty(y.size(1), dtype=t, device=y.device) for t in kernels
+        ]
+        self.vectors = tuple([numbered(t) for t in self._made])
+
+    def settle(self, sums: Tensor, rstd: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """dweight and dbias, each None where there is none."""
+        dweight, dbias = self._made
+        if self._left != [None, None]:
+            others = parameter_gradients(sums, rstd, *self._left)
+            dweight, dbias = (
+                o if m is None else m for m, o in zip(self._made, others, strict=True)
+            )
+        return dweight, dbias
+
+
 def batch_norm_fwd(
     y: Tensor,  # [N, C, H, W]
     bn_weight: Tensor | None,  # [C], of any floating dtype, as are the next three
@@ -108,7 +136,7 @@ def batch_norm_fwd(
         dtype = stat_dtype(y.dtype)
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
         return mean, var, *normalizers(mean, var, bn_weight, bn_bias, eps)
-    c, f = require(), _Forward(y, *norm, momentum, eps, args)
+    c, f = require(), Forward(y, *norm, momentum, eps, args)
     given = (args, training, *f.numbers, f.vectors)
     tensors = (y.data_ptr(), *f.results)
     work = workspace(c.batch_norm_fwd_workspace(*given, (*tensors, 0)), y)
@@ -134,7 +162,7 @@ def batch_norm_act_fwd(
     check_norm("batch_norm_act_fwd", y, *norm, training, momentum)
     args = head(y)
     if training and not on_cpu(args):
-        c, f = require(), _Forward(y, *norm, momentum, eps, args)
+        c, f = require(), Forward(y, *norm, momentum, eps, args)
         a = like(y)
         act = pointers(y, None, None, None, residual, None, None, None, a)
         given: tuple[Any, ...] = (args, *f.numbers, f.vectors)
@@ -166,29 +194,15 @@ def batch_norm_bwd(
     per_channel |= {"sums": sums, "mask_bias": mask_bias}
     check("batch_norm_bwd", y, {"g": g}, per_channel)
     types = (weight_dtype, bias_dtype)
-    for dtype in types:
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"batch_norm_bwd: a gradient cannot be {dtype}")
-    dy = like(y)
-    args = head(y)
+    dy, args, found = like(y), head(y), GradientVectors(y, types)
     if y.numel() == 0 and not on_cpu(args):
         return dy, *parameter_gradients(sums, rstd, *types)
-    work, kernels_own = None, types
-    if on_cpu(args):
-        if mask_bias is not None:
-            raise ValueError("batch_norm_bwd: mask_bias is for a GPU")
-        work = vectors(y, 2)
-        kernels_own = tuple(t if t == sums.dtype else None for t in types)  # type: ignore[assignment]
-    made = [
-        None if t is None else torch.empty(y.size(1), dtype=t, device=y.device) for t in kernels_own
-    ]
+    if mask_bias is not None and on_cpu(args):
+        raise ValueError("batch_norm_bwd: mask_bias is for a GPU")
+    work = vectors(y, 2) if on_cpu(args) else None
     inputs = pointers(g, y, mean, scale, rstd, sums, mask_bias, dy, work)
-    require().batch_norm_bwd(args, training, inputs, *map(numbered, made))
-    if kernels_own != types:
-        left = (t if own is None else None for t, own in zip(types, kernels_own, strict=True))
-        rest = parameter_gradients(sums, rstd, *left)
-        made = [r if m is None else m for m, r in zip(made, rest, strict=True)]
-    return dy, made[0], made[1]
+    require().batch_norm_bwd(args, training, inputs, *found.vectors)
+    return dy, *found.settle(sums, rstd)
 
 
 def batch_norm_act_bwd(

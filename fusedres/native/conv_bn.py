@@ -1,18 +1,197 @@
-"""The weight gradient of a convolution whose input is still deferred (csrc/cpu/conv_bn.cpp)."""
+"""Convolutions with the BatchNorm behind them, and what their input is computed from (csrc/cpu/
+conv_bn_fwd.cpp, conv_bn_bwd.cpp, conv_bn_wgrad.cpp): 1x1 whole, of others the weight gradient.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fusedres._checks import check_dense, described
-from fusedres._conv import Conv, Source, output_shape
-from fusedres._tensors import stored_format
+from fusedres._checks import check_dense, check_norm, described
+from fusedres._conv import Conv, Source, Upstream, output_shape
+from fusedres._plans import Plan
+from fusedres._tensors import elements_per_channel, memory_format_of, stored_format
 from fusedres.native import require
-from fusedres.native._args import check, head, pointers, workspace
+from fusedres.native._args import (
+    check,
+    head,
+    like,
+    numbered,
+    pointers,
+    vectors,
+    workspace,
+)
+from fusedres.native.batch_norm import (
+    Forward,
+    GradientVectors,
+    Statistics,
+    batch_norm_bwd,
+    batch_norm_fwd,
+)
+from fusedres.native.bn_act import bn_act_fwd
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _IN, _OUT = 32, 8  # ConvBnWgradParams::kInBlock and kOutBlock
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the machine has products of this dtype that are not better left to the library."""
+    c = require()
+    if dtype == torch.bfloat16:
+        return c.cpu_level() == "avx512_bf16" and not c.cpu_has_tiles()
+    return dtype == torch.float32 and c.cpu_level() != "baseline"
+
+
+def conv_bn_fwd(
+    source: Source,  # x [N, C, H, W]
+    weight: Tensor,  # [K, C, 1, 1] in x's dtype, or float32
+    conv: Conv,
+    emit: bool,
+    masks: bool,
+    bn_weight: Tensor | None,  # [K]
+    bn_bias: Tensor | None,  # [K]
+    running_mean: Tensor | None,  # [K], moved in place if training, else read
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Statistics, Tensor | None, None]:
+    """y [N, K, H, W]; mean, biased var, rstd, scale and bias [K] each; the activation if emit."""
+    op = "conv_bn_fwd"
+    stored = _check(op, source, weight, conv)
+    if masks:
+        raise ValueError(f"{op}: keeps no masks in bits")
+    x, *vectors_of, relu = source
+    n, _, height, width = x.shape
+    y = torch.empty(
+        (n, weight.size(0), height, width), dtype=x.dtype, memory_format=torch.channels_last
+    )
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    check_norm(op, y, *norm, training, momentum)
+    a = like(x) if emit and source.mean is not None else None
+    c, args, filters = require(), head(x), weight.size(0)
+    work = workspace(c.conv_bn_fwd_workspace(args, filters, training), x)
+    f = Forward(y, *norm, momentum, eps, args) if training else None
+    numbers, normed, results = _FROZEN if f is None else (f.numbers, f.vectors, f.results)
+    act = (relu, pointers(x, *vectors_of, a))
+    own = (training, *numbers, normed, (y.data_ptr(), *results, work.data_ptr()))
+    c.conv_bn_fwd(args, filters, *act, *own, numbered(stored))
+    if f is None:
+        return y, batch_norm_fwd(y, *norm, training, momentum, eps), a, None
+    return y, f.settle(elements_per_channel(y)), a, None
+
+
+_FROZEN = (0.0, 0.0), ((0, 0),) * 5, (0,) * 5  # nothing of a BatchNorm whose statistics are known
+
+
+def conv_bn_bwd(
+    source: Source,  # x [N, C, H, W]
+    weight: Tensor,  # [K, C, 1, 1] in x's dtype, or float32
+    parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
+    conv: Conv,
+    a: Tensor | None,  # like x: the activation, if it was emitted
+    _bits: None,
+    up: Upstream,
+    grad_a: Tensor | None,  # of the emitted activation: like x, or of every second row and column
+    _plan: Plan,
+    need_input: bool,
+    need_weight: bool,
+    weight_dtype: torch.dtype | None,  # of BatchNorm's dweight; None: there is none
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """g_in like x, its sums [2, C], a Deferred residual's sums [2, C], dw, dweight and dbias."""
+    op = "conv_bn_bwd"
+    stored = _check(op, source, weight, conv)
+    x, y, types = source.x, up.y, (weight_dtype, bias_dtype)
+    check(op, y, {"g": up.g}, {"mean": up.mean, "scale": up.scale, "rstd": up.rstd})
+    check(op, y, {}, {"sums": up.sums})
+    if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
+        raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
+    if a is None and source.residual is not None:
+        a = bn_act_fwd(*source)  # type: ignore[arg-type]
+    g_in = sums = res_sums = dw = None
+    if not need_input:
+        own = (up.g, y, up.mean, up.scale, up.rstd, up.sums, up.training)
+        dy, *gradients = batch_norm_bwd(*own, *types)
+    else:
+        dy, found = like(y), GradientVectors(y, types)
+        g_in, sums, res_sums = _dgrad(op, source, stored, a, up, grad_a, dy, found)
+        gradients = list(found.settle(up.sums, up.rstd))
+    if need_weight:
+        dw = conv_bn_wgrad(dy, source if a is None else Source.plain(a), parameter, conv)
+    return g_in, sums, res_sums, dw, *gradients
+
+
+def _dgrad(
+    op: str,
+    source: Source,
+    stored: Tensor,
+    a: Tensor | None,
+    up: Upstream,
+    grad_a: Tensor | None,
+    dy: Tensor,
+    gradients: GradientVectors,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """g_in, its sums and a Deferred residual's; writes dy, and dweight and dbias."""
+    x, deferred, gated = source.x, source.mean is not None, source.mean is not None and source.relu
+    sampled, step_h, step_w = None, 1, 1
+    if grad_a is not None and grad_a.shape != x.shape:
+        sampled, grad_a = grad_a, None
+        _, _, height, width = x.shape
+        step_h, step_w = 1 + (sampled.size(2) < height), 1 + (sampled.size(3) < width)
+        shape = (*x.shape[:2], -(-height // step_h), -(-width // step_w))
+        check_dense(op, "grad_a", sampled, shape, x, torch.channels_last)
+    check(op, x, {"grad_a": grad_a, "a": a}, name="x")
+    affine = gated and a is None  # what was emitted may hold a residual, which is not saved then
+    g_in = like(x)
+    sums = vectors(x, 2) if deferred else None
+    res_sums = vectors(x, 2) if source.res_mean is not None else None
+    act = pointers(
+        g_in,
+        grad_a,
+        a if gated else None,
+        x if deferred else None,
+        source.mean,
+        source.scale if affine else None,
+        source.bias if affine else None,
+        source.residual if res_sums is not None else None,
+        source.res_mean,
+        g_in,
+        sums,
+        res_sums,
+        None,
+    )
+    c, args, filters = require(), head(x), stored.size(0)
+    work = workspace(c.conv_bn_dgrad_workspace(args, filters, act), x)
+    own = pointers(up.g, up.y, up.mean, up.scale, up.rstd, up.sums, None, dy, work)
+    rest = (numbered(stored), act, *pointers(sampled), (step_h, step_w))
+    c.conv_bn_dgrad(args, filters, up.training, own, gradients.vectors, *rest)
+    return g_in, sums, res_sums
+
+
+def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> Tensor:
+    """Source and weight, which is returned in [K, C] without gaps."""
+    x, mean, scale, bias, residual, res_mean, res_scale, res_bias, _ = source
+    own = {"mean": mean, "scale": scale, "bias": bias}
+    joined = {"res_mean": res_mean, "res_scale": res_scale, "res_bias": res_bias}
+    given = {n: v for n, v in own.items() if v is not None}  # of a Tensor there are none
+    check(op, x, {"residual": residual}, given | joined, name="x")
+    if len(given) not in (0, 3) or (mean is None and residual is not None):
+        raise ValueError(f"{op}: mean, scale and bias come together, a residual only with them")
+    together = {v is None for v in joined.values()}
+    if len(together) > 1 or (res_mean is not None and residual is None):
+        raise ValueError(f"{op}: res_mean, res_scale and res_bias come together, with a residual")
+    ranked = isinstance(weight, Tensor) and weight.dim() == 4 and weight.size(1) == x.size(1)
+    if (
+        not ranked
+        or x.device.type != "cpu"
+        or memory_format_of(x) != torch.channels_last
+        or not conv.has_cpu_kernel(weight.shape)
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not multiplies(x.dtype)
+    ):
+        raise ValueError(f"{op}: no kernel for x {described(x)} and weight {described(weight)}")
+    return weight.detach().reshape(weight.shape[:2]).contiguous()
 
 
 def serves_wgrad(source: Source, weight: Tensor, conv: Conv) -> bool:
@@ -28,6 +207,7 @@ def serves_wgrad(source: Source, weight: Tensor, conv: Conv) -> bool:
         and x.device.type == "cpu"
         and stored_format(x) == torch.channels_last
         and require().cpu_level() != "baseline"
+        and not (x.dtype == torch.bfloat16 and require().cpu_has_tiles())
     )
 
 
@@ -49,6 +229,8 @@ def conv_bn_wgrad(
     height, width = weight.shape[2:]
     out = output_shape(x.shape, weight.shape, conv)
     check_dense("conv_bn_wgrad", "dy", dy, out, x)
+    if dy.numel() == 0:
+        return torch.zeros_like(weight)
     dw = torch.empty_like(weight, dtype=torch.float32)
     window = (height, width, *conv.stride, conv.padding[0], conv.padding[2], *conv.dilation)
     c, args = require(), head(x)

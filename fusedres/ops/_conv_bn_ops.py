@@ -55,11 +55,14 @@ class _Operands(NamedTuple):
 
     def check(self, op: str, **others: Tensor | None) -> None:
         """What the library's convolution reads, and nothing of ours checks."""
+        self.conv.check(op)
         check_reach(op, x=self.source.x, weight=self.weight, packed=self.packed, **others)
         check_packed(op, self.weight, self.packed)
 
-    def cast_weight(self) -> Tensor:
-        """The weight in the compute dtype."""
+    def cast_weight(self, backend: str, plan: Plan) -> Tensor:
+        """The weight in the compute dtype; as it is stored, where the kernel casts it itself."""
+        if (backend, plan.base) == ("cpp", "fused"):
+            return self.weight
         return self.weight.to(self.source.x.dtype) if self.packed is None else self.packed
 
 
@@ -105,9 +108,9 @@ def fwd(*args: Any) -> tuple[Tensor, ...]:
     """conv_bn_fwd; `a` also where the plan keeps it, and empty tensors for what there is not."""
     operands, rest = _Operands.of(args)
     operands.check("conv_bn_fwd")
-    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     o = _Forward(*rest)
     norm, plan = normalization(*o[1:9]), Plan.of(o.plan)
+    source, conv, weight = operands.source, operands.conv, operands.cast_weight(o.backend, plan)
     a = bits = None
     if plan.base == "fused":
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_fwd
@@ -144,8 +147,8 @@ def bwd(*args: Any) -> tuple[Tensor, ...]:
     operands, rest = _Operands.of(args)
     o = _Backward(*rest)
     operands.check("conv_bn_bwd", a=o.a, grad_a=o.grad_a)
-    source, conv, weight = operands.source, operands.conv, operands.cast_weight()
     plan = Plan.of(o.plan)
+    source, conv, weight = operands.source, operands.conv, operands.cast_weight(o.backend, plan)
     out = output_shape(source.x.shape, weight.shape, conv)
     if tuple(o.y.shape) != out:  # the library would believe it
         raise ValueError(f"conv_bn_bwd: y must have shape {list(out)}, got {list(o.y.shape)}")

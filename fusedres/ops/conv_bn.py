@@ -504,7 +504,7 @@ def conv_bn(
             carrier = input if sampled is None else input[:, :, :: sampled[0], :: sampled[1]]
             contract.update_running(bn, mean, var, y)
         else:
-            backend, plan = backends.way_of(choice, dtype, weight, conv, shape)
+            backend, plan = backends.way_of(choice, dtype, weight, conv, shape, memory_format_of(x))
             carriers, plan = _carriers(input, source, emit, backend, plan)
             tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
             # Dynamo makes zeros of the gradients that do not come: masks and sums of nothing

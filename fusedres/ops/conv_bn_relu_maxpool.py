@@ -91,15 +91,19 @@ class _Backward(NamedTuple):
     plan: str
 
 
-def _check_operands(op: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> None:
-    """What the library's convolution reads, and nothing of ours checks."""
+def _checked(op: str, args: tuple[Any, ...]) -> tuple[_Operands, tuple[Any, ...]]:
+    """The operands, and what follows them, where nothing else checks what the library reads."""
+    x, weight, packed = args[:3]
     check_reach(op, x=x, weight=weight, packed=packed)
     check_packed(op, weight, packed)
+    operands, rest = _Operands.of(args)
+    operands.conv.check(op)
+    return operands, rest
 
 
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    _check_operands(f"{OP}_fwd", *args[:3])
-    (x, _, weight, conv, window), (*norm, need_winners, backend, plan) = _Operands.of(args)
+    operands, (*norm, need_winners, backend, plan) = _checked(f"{OP}_fwd", args)
+    x, _, weight, conv, window = operands
     # the pool comes last: what it cannot serve must not have moved the running statistics
     check_window(f"{OP}_fwd", output_shape(x.shape, weight.shape, conv), *window, "pool_")
     bn = normalization(*norm)
@@ -129,8 +133,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    _check_operands(f"{OP}_bwd", *args[:3])
-    (x, parameter, weight, conv, window), rest = _Operands.of(args)
+    (x, parameter, weight, conv, window), rest = _checked(f"{OP}_bwd", args)
     o = _Backward(*rest)
     out = output_shape(x.shape, weight.shape, conv)
     if tuple(o.y.shape) != out:  # the library would believe it
@@ -269,7 +272,7 @@ def stem_plan(choice: backends.Choice, weight: Tensor, conv: Conv) -> str:
     """
     flow = DATAFLOWS.get(choice.plan)
     wanted = base_of(choice.plan) if flow is None else flow.stem
-    kernels = "fused" in backends.BACKENDS[choice.backend].plans
+    kernels = OP in backends.BACKENDS[choice.backend].fuses
     fusable = kernels and conv.has_stem_kernel(weight.size(1))
     return "fused" if wanted == "fused" and fusable else "split"
 

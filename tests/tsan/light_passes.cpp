@@ -260,7 +260,89 @@ void wgrad(DType dtype, bool prologue) {
   }
 }
 
+// More pixels than there are blocks for, and channels in two tiles: every kind of input.
+void pointwise(const Shape& input, int64_t filters) {
+  constexpr DType kType = DType::kFloat32;
+  const Shape output = {input.n, filters, input.h, input.w, Layout::kNHWC};
+  for (const int kind : {0, 1, 2, 3}) {  // a tensor; deferred, without a residual and with both
+    check("conv_bn_fwd", kType, input, [=](Memory& m, int threads) {
+      const auto vector = [&](const char* name) { return m.output(name, filters * 4); };
+      ConvBnFwdParams p = {};
+      p.input.dtype = p.output.dtype = kType;
+      p.input.shape = input;
+      p.input.relu = true;
+      p.input.y = m.full("x");
+      if (kind > 0) {
+        p.input.mean = m.vector("mean");
+        p.input.scale = m.vector("scale");
+        p.input.bias = m.vector("bias");
+      }
+      if (kind > 1) {
+        p.input.residual = m.full("residual");
+        p.input.a = m.full_output("a");
+      }
+      if (kind > 2) {
+        p.input.res_mean = m.vector("res_mean");
+        p.input.res_scale = m.vector("res_scale");
+        p.input.res_bias = m.vector("res_bias");
+      }
+      p.weight = {kType, m.values("weight", filters * input.c)};
+      p.output.shape = output;
+      p.output.training = true;
+      p.output.eps = 0.125;
+      p.output.y = p.y = m.output("y", output.numel() * 4);
+      p.output.mean = vector("y_mean");
+      p.output.var = vector("y_var");
+      p.output.rstd = vector("y_rstd");
+      p.output.scale = vector("y_scale");
+      p.output.shift = vector("y_shift");
+      p.workspace = m.output("workspace", conv_bn_fwd_workspace(p));
+      launch_conv_bn_fwd(p, threads);
+    });
+    check("conv_bn_dgrad", kType, input, [=](Memory& m, int threads) {
+      const auto vector = [&](const char* name) { return m.values(name, filters); };
+      ConvBnDgradParams p = {};
+      p.input.dtype = p.output.dtype = kType;
+      p.output.shape = output;
+      p.output.training = true;
+      p.output.g = m.values("g", output.numel());
+      p.output.y = m.values("y", output.numel());
+      p.output.mean = vector("y_mean");
+      p.output.scale = vector("y_scale");
+      p.output.rstd = vector("y_rstd");
+      p.output.sums = m.values("y_sums", 2 * filters);
+      p.output.dy = m.output("dy", output.numel() * 4);
+      p.weight = {kType, m.values("weight", filters * input.c)};
+      p.input.shape = input;
+      p.input.grad = p.input.g = m.full_output("da");
+      if (kind != 1) p.input.grad_extra = m.full("grad_a");
+      if (kind > 0) {
+        p.input.y = m.full("x");
+        p.input.mean = m.vector("mean");
+        p.input.sums = m.vector_output("sums", 2);
+      }
+      if (kind == 1) {
+        p.input.scale = m.vector("scale");
+        p.input.bias = m.vector("bias");
+        p.step_h = p.step_w = 2;
+        p.sampled =
+            m.values("sampled", input.n * input.c * ((input.h + 1) / 2) * ((input.w + 1) / 2));
+      }
+      if (kind > 1) p.input.a = m.full("a");
+      if (kind > 2) {
+        p.input.res_y = m.full("res_y");
+        p.input.res_mean = m.vector("res_mean");
+        p.input.res_sums = m.vector_output("res_sums", 2);
+      }
+      p.workspace = m.output("workspace", conv_bn_dgrad_workspace(p));
+      launch_conv_bn_dgrad(p, threads);
+    });
+  }
+}
+
 int run() {
+  pointwise({2, 32, 93, 91, Layout::kNHWC}, 64);
+  pointwise({3, 1056, 5, 7, Layout::kNHWC}, 32);
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (const bool prologue : {false, true}) wgrad(dtype, prologue);
   }

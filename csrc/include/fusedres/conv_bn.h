@@ -1,6 +1,8 @@
-// The weight gradient of a convolution whose input is still deferred. CPU only.
+// Convolutions with the BatchNorm behind them, whose input may still be deferred. CPU only.
 #pragma once
 
+#include "fusedres/batch_norm.h"
+#include "fusedres/bn_act.h"
 #include "fusedres/types.h"
 
 namespace fusedres {
@@ -13,6 +15,7 @@ struct ConvWindow {
   int64_t taps() const { return height * width; }
 };
 
+// The gradient of the weight:
 // dw[k, c, r, s] = sum over (n, oh, ow) of dy[n, k, oh, ow] * a[n, c, ih, iw], with
 // ih = oh*stride_h - top + r*dilation_h and iw alike, and a zero outside of the input. a is x, or
 // round(act((x - mean)*scale + bias)), act = ReLU or nothing.
@@ -34,6 +37,38 @@ struct ConvBnWgradParams {
   static constexpr int64_t kInBlock = 32, kOutBlock = 8;
 };
 
+// A convolution of 1x1, stride 1 and no padding in NHWC, with the activation in front of it and the
+// statistics behind it: launch_bn_act_fwd, y[n, k, h, w] = sum over c of a[n, c, h, w] * weight[k,
+// c], and in training launch_batch_norm_fwd of that y.
+struct ConvBnFwdParams {
+  BnActFwdParams input;       // float or bfloat16; mean null: its y is the activation; a null: only
+                              // the convolution wants it; c a multiple of kBlock
+  ConstVector weight;         // [K, C], float or of the dtype; rounded to it
+  BatchNormFwdParams output;  // of the same dtype, n, h and w; c (K above) a multiple of kBlock
+  void* y;                    // [N, K, H, W], output.y
+  void* workspace;            // conv_bn_fwd_workspace() bytes
+
+  static constexpr int64_t kBlock = 32, kMostChannels = 4096;
+};
+
+// The gradient of its input: launch_batch_norm_bwd, whose dy is written,
+// da[n, c, h, w] = sum over k of dy[n, k, h, w] * weight[k, c], rounded to the dtype, and
+// launch_bn_act_bwd of that da.
+struct ConvBnDgradParams {
+  BatchNormBwdParams output;  // of the dtype, n, h and w of the input; bias null
+  ConstVector weight;         // [K, C], as forward
+  BnActBwdParams input;       // grad is g; sums null: of an input that was no Deferred, of which
+                              // there are but grad_extra and g = da
+  const void* sampled;        // [N, C, ceil(H / step_h), ceil(W / step_w)]: joins da, rounded, at
+                              // every step-th pixel; or null
+  int64_t step_h, step_w;
+  void* workspace;  // conv_bn_dgrad_workspace() bytes; those of output and input are in it
+};
+
+int64_t conv_bn_fwd_workspace(const ConvBnFwdParams& params);
+void launch_conv_bn_fwd(const ConvBnFwdParams& params, int threads);
+int64_t conv_bn_dgrad_workspace(const ConvBnDgradParams& params);
+void launch_conv_bn_dgrad(const ConvBnDgradParams& params, int threads);
 int64_t conv_bn_wgrad_workspace(const ConvBnWgradParams& params);
 void launch_conv_bn_wgrad(const ConvBnWgradParams& params, int threads);
 

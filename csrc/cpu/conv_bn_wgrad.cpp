@@ -2,7 +2,7 @@
 // the way: dw = dy^T a as a sum of outer products over pixels, tap by tap. In NHWC a pixel's
 // channels lie side by side in both operands, so neither is transposed.
 //
-// Work is split over slices of pixels and blocks of kFilters filters. An item takes kDepth pixels
+// Work is split over slices of pixels and blocks of filters. An item takes kDepth pixels
 // at a time: dy goes into panels of some filters; then for every tap and every 32 channels the
 // activation goes into a panel that fits the L1 cache, and meets all panels of dy. A microkernel
 // holds 8 x 32 sums in registers over the depth. Slices are added in order at the end. In bf16,
@@ -10,53 +10,28 @@
 // float.
 //
 // Reads dy once, and x once for each block of filters and each tap, from cache but for the first.
-#include "fusedres/conv_bn.h"
-
 #include <algorithm>
 #include <stdexcept>
 
+#include "cpu/panels.h"
 #include "cpu/traversal.h"
+#include "fusedres/conv_bn.h"
 
 namespace fusedres::FUSEDRES_CPU_LEVEL {
 namespace {
 
 constexpr int kRows = ConvBnWgradParams::kOutBlock;    // filters of a microkernel
 constexpr int kColumns = ConvBnWgradParams::kInBlock;  // channels of a microkernel
-constexpr int64_t kSteps = 128, kFilters = 128, kChannels = 512;
+constexpr int64_t kSteps = 128, kChannels = 512;
+constexpr int64_t kMostFilters = 256;  // of an item
 
-using L = Vector<float, true>;
-using Values = L::Values;
-using Words = VectorOf<uint32_t, L::kCount>::type;
+using L = WordLanes;
+using Values = WordValues;
 constexpr int kVectors = kColumns / L::kCount;
 constexpr int64_t kLeft = std::max(kRows, L::kCount);  // filters side by side in a panel
 
-// How many pixels a word of a panel holds.
-template <class T>
-#ifdef __AVX512BF16__
-constexpr int kPair = std::is_same_v<T, BFloat16> ? 2 : 1;
-#else
-constexpr int kPair = 1;
-#endif
-
-template <int kPixels>
-FUSEDRES_HOST_DEVICE Values multiply_add(Words left, Words right, Values sum) {
-#ifdef __AVX512BF16__
-  if constexpr (kPixels == 2) {
-    return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(left), bits_as<__m512bh>(right));
-  }
-#endif
-  return L::fma(bits_as<Values>(left), bits_as<Values>(right), sum);
-}
-
-// What a microkernel fetches meanwhile, a line a step: in a burst, fetches would wait for each
-// other.
-struct Ahead {
-  const char* line;
-  int64_t pitch;
-};
-
 // tile[8][32] += left panel [steps][8 of kLeft] x right panel [steps][32]; = if fresh.
-template <int kPixels>
+template <class T>
 void microkernel(const uint32_t* left, const uint32_t* right, int64_t steps, float* tile,
                  bool fresh, Ahead ahead) {
   // Few registers hold few sums: a narrow vector goes over its columns in turns.
@@ -83,7 +58,7 @@ void microkernel(const uint32_t* left, const uint32_t* right, int64_t steps, flo
         const Words row = Words{} + left[step * kLeft + r];
 #pragma GCC unroll 2
         for (int v = 0; v < kAtOnce; ++v) {
-          sums[r][v] = multiply_add<kPixels>(row, columns[v], sums[r][v]);
+          sums[r][v] = multiply_add<T>(row, columns[v], sums[r][v]);
         }
       }
     }
@@ -123,37 +98,6 @@ struct Wgrad {
   using Lane = Vector<T, true>;
   static_assert(Lane::kCount == L::kCount);
 
-  // One word for each lane: its value, or those of two pixels, rounded to the dtype.
-  static FUSEDRES_HOST_DEVICE Words word(Values first, Values second) {
-#ifdef __AVX512BF16__
-    if constexpr (kPair<T> == 2) {
-      // lanes 0, 16, 1, 17, ..: one half of each
-      alignas(64) static constexpr uint16_t kOrder[32] = {
-          0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-      const auto both = bits_as<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-      return bits_as<Words>(_mm512_permutexvar_epi16(raw<__m512i>(kOrder), both));
-    }
-#endif
-    (void)second;
-    return bits_as<Words>(Lane::rounded(first));
-  }
-  template <class To, class From>
-  static FUSEDRES_HOST_DEVICE To raw(const From* p) {
-    To to;
-    memcpy(&to, p, sizeof to);
-    return to;
-  }
-  // The same of what is stored already.
-  static FUSEDRES_HOST_DEVICE Words word(const T* first, const T* second) {
-    const Words one = first == nullptr ? Words{} : bits_as<Words>(Lane::load(first));
-    if constexpr (kPair<T> == 2) {
-      return (one >> 16) | (second == nullptr ? Words{} : bits_as<Words>(Lane::load(second)));
-    } else {
-      return one;
-    }
-  }
-
   // Panels [filters / kLeft][steps][kLeft] of dy's pixels from `row` on, filters from `filter` on.
   void pack_left(int64_t row, int64_t rows, int64_t filter, int64_t filters,
                  uint32_t* panels) const {
@@ -162,20 +106,23 @@ struct Wgrad {
       const T* const first = dy + (row + step * kPair<T>)*width + filter;
       const T* const second = kPair<T> == 2 && step * 2 + 1 < rows ? first + width : nullptr;
       int64_t k = 0;
-      for (; k + kLeft <= filters; k += kLeft) {
-        for (int64_t i = 0; i < kLeft; i += L::kCount) {
-          const T* const next = second == nullptr ? nullptr : second + k + i;
-          const Words words = word(first + k + i, next);
-          memcpy(panels + (k * steps + step * kLeft) + i, &words, sizeof words);
+      constexpr int64_t kTwo = 2 * L::kCount;
+      for (; k + kTwo <= filters; k += kTwo) {
+        Words words[2];
+        two_words<T>(first + k, second == nullptr ? nullptr : second + k, words);
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t at = k + i * L::kCount;
+          memcpy(panels + at / kLeft * kLeft * steps + step * kLeft + at % kLeft, &words[i],
+                 sizeof words[i]);
         }
       }
-      for (int64_t i = 0; k + i < filters; ++i) {
-        uint32_t one = bits_as<uint32_t>(Single::load(first + k + i));
+      for (; k < filters; ++k) {
+        uint32_t one = bits_as<uint32_t>(Single::load(first + k));
         if (kPair<T> == 2) {
           one >>= 16;
-          if (second != nullptr) one |= bits_as<uint32_t>(Single::load(second + k + i));
+          if (second != nullptr) one |= bits_as<uint32_t>(Single::load(second + k));
         }
-        panels[k * steps + step * kLeft + i] = one;
+        panels[k / kLeft * kLeft * steps + step * kLeft + k % kLeft] = one;
       }
     }
   }
@@ -201,21 +148,22 @@ struct Wgrad {
     for (; row + kPair<T> <= rows; row += kPair<T>, panel += kColumns) {
       const int64_t first = offsets[row], second = offsets[row + kPair<T> - 1];
       const bool inside = (first | second) >= 0;  // neither is negative
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Words words{};
-        if (inside && kPrologue == Prologue::kNone) {
-          words = word(own + first + v * L::kCount, own + second + v * L::kCount);
-        } else if (inside) {
-          words = word(activation(first, v), activation(second, v));
-        } else if (kPrologue == Prologue::kNone) {
-          words = word(first < 0 ? nullptr : own + first + v * L::kCount,
-                       second < 0 ? nullptr : own + second + v * L::kCount);
-        } else {
-          words = word(first < 0 ? Values{} : activation(first, v),
-                       second < 0 ? Values{} : activation(second, v));
+      if constexpr (kPrologue == Prologue::kNone) {
+        for (int v = 0; v < kVectors; v += 2) {
+          const int64_t at = v * L::kCount;
+          Words words[2];
+          two_words<T>(first < 0 ? nullptr : own + first + at,
+                       second < 0 ? nullptr : own + second + at, words);
+          memcpy(panel + at, words, sizeof words);
         }
-        memcpy(panel + v * L::kCount, &words, sizeof words);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const Words words = inside ? word<T>(activation(first, v), activation(second, v))
+                                     : word<T>(first < 0 ? Values{} : activation(first, v),
+                                               second < 0 ? Values{} : activation(second, v));
+          memcpy(panel + v * L::kCount, &words, sizeof words);
+        }
       }
     }
     if (row == rows) return;
@@ -223,9 +171,9 @@ struct Wgrad {
     for (int v = 0; v < kVectors; ++v) {
       Words words{};
       if (last >= 0 && kPrologue == Prologue::kNone) {
-        words = word(own + last + v * L::kCount, nullptr);
+        words = word<T>(own + last + v * L::kCount, nullptr);
       } else if (last >= 0) {
-        words = word(activation(last, v), Values{});
+        words = word<T>(activation(last, v), Values{});
       }
       memcpy(panel + v * L::kCount, &words, sizeof words);
     }
@@ -268,30 +216,48 @@ struct Wgrad {
     return out + ((tap * down + filter / kRows) * across + channel / kColumns) * kRows * kColumns;
   }
 
-  // Lines of the pixels that come after those from `row` on: of the input's 32 channels in the
-  // first turns of a panel, then of the gradient, until all of them are fetched.
-  Ahead next_line(int64_t turn, const Corners& corners, int64_t row, int64_t channel,
-                  int64_t filter, int64_t& fetched) const {
-    constexpr int64_t kLine = 64, kOfInput = kColumns * sizeof(T) / kLine * kPair<T>;
-    if (turn < kOfInput) {
-      const int64_t pixel = p.window.stride_w * p.input.c;
-      const int64_t first = (corners.image[0] + corners.ih[0] * p.input.w + corners.iw[0]);
-      const T* const next = x + first * p.input.c + channel + (kDepth + turn % kPair<T>)*pixel;
-      const int64_t line = turn / kPair<T> * kLine;
-      return {reinterpret_cast<const char*>(next) + line,
-              pixel * kPair<T> * static_cast<int64_t>(sizeof(T))};
+  // The pixels that come after those from `row` on, to be fetched meanwhile: evenly over `turns`
+  // microkernels, a line of each pixel (of every other one where two share a word) at a turn.
+  class NextPixels {
+   public:
+    NextPixels(const Wgrad& w, const Corners& corners, int64_t row, Range filters, Range channels,
+               int64_t turns)
+        : turns_(turns) {
+      const Shape &in = w.p.input, &out = w.p.output;
+      if (row + kDepth >= out.rows()) return;  // where there is no memory, a fetch costs a search
+      const int64_t step = w.p.window.stride_w * in.c;
+      const int64_t pixel = corners.image[0] + corners.ih[0] * in.w + corners.iw[0];
+      streams_[0] = stream(w.x + pixel * in.c + kDepth * step, step, channels);
+      streams_[1] = stream(w.dy + (row + kDepth) * out.c, out.c, filters);
     }
-    const int64_t width = p.output.c, line = fetched / kPair<T> * kLine;
-    const T* const next = dy + (row + kDepth + fetched % kPair<T>)*width + filter;
-    if (line < kFilters * static_cast<int64_t>(sizeof(T))) ++fetched;
-    return {reinterpret_cast<const char*>(next) + line,
-            width * kPair<T> * static_cast<int64_t>(sizeof(T))};
-  }
+    Ahead next() {
+      const int64_t lines = streams_[0].lines + streams_[1].lines;
+      if (fetched_ * turns_ >= ++turn_ * lines) return {reinterpret_cast<const char*>(this), 0};
+      const bool second = fetched_ >= streams_[0].lines;
+      const Stream& s = streams_[second];
+      const int64_t line = fetched_++ - (second ? streams_[0].lines : 0);
+      return {s.first + line % kPair<T> * s.pitch + line / kPair<T> * kLine, s.pitch * kPair<T>};
+    }
+
+   private:
+    static constexpr int64_t kLine = 64;
+    struct Stream {
+      const char* first;
+      int64_t pitch, lines;  // bytes from pixel to pixel; turns
+    };
+    static Stream stream(const T* pixel, int64_t pitch, Range range) {
+      constexpr int64_t kSize = sizeof(T);
+      return {reinterpret_cast<const char*>(pixel + range.begin), pitch * kSize,
+              ceil_div((range.end - range.begin) * kSize, kLine) * kPair<T>};
+    }
+    Stream streams_[2]{};
+    int64_t turns_, turn_ = 0, fetched_ = 0;
+  };
 
   // dw over pixels [begin, end), of some filters and channels.
   template <Prologue kPrologue>
   void item(int64_t begin, int64_t end, Range filters, Range channels, float* out) const {
-    alignas(64) uint32_t left[kSteps * kFilters], right[kSteps * kColumns];
+    alignas(64) uint32_t left[kSteps * kMostFilters], right[kSteps * kColumns];
     int64_t offsets[kDepth];
     Corners corners;
     const int64_t taps = p.window.taps();
@@ -299,17 +265,17 @@ struct Wgrad {
       const int64_t rows = std::min(kDepth, end - row), steps = ceil_div(rows, kPair<T>);
       pack_left(row, rows, filters.begin, filters.end - filters.begin, left);
       find_corners(row, rows, corners);
-      int64_t fetched = 0;
+      const int64_t turns = taps * ((channels.end - channels.begin) / kColumns) *
+                            ((filters.end - filters.begin) / kRows);
+      NextPixels next(*this, corners, row, filters, channels, turns);
       for (int64_t tap = 0; tap < taps; ++tap) {
         find_inputs(corners, rows, tap, offsets);
         for (int64_t c = channels.begin; c < channels.end; c += kColumns) {
           pack_right<kPrologue>(offsets, rows, c, right);
           for (int64_t k = 0; k < filters.end - filters.begin; k += kRows) {
-            const Ahead ahead =
-                next_line(tap == 0 ? k / kRows : kFilters, corners, row, c, filters.begin, fetched);
             const uint32_t* const panel = left + k / kLeft * kLeft * steps + k % kLeft;
-            microkernel<kPair<T>>(panel, right, steps, tile(out, tap, filters.begin + k, c),
-                                  row == begin, ahead);
+            microkernel<T>(panel, right, steps, tile(out, tap, filters.begin + k, c), row == begin,
+                           next.next());
           }
         }
       }
@@ -317,7 +283,11 @@ struct Wgrad {
   }
 };
 
-int64_t blocks_down(const ConvBnWgradParams& p) { return ceil_div(p.output.c, kFilters); }
+// Filters of an item: for many of them the activation is packed less often.
+int64_t item_filters(const ConvBnWgradParams& p) {
+  return p.output.c < 2 * kMostFilters ? kMostFilters / 2 : kMostFilters;
+}
+int64_t blocks_down(const ConvBnWgradParams& p) { return ceil_div(p.output.c, item_filters(p)); }
 int64_t blocks_across(const ConvBnWgradParams& p) { return ceil_div(p.input.c, kChannels); }
 
 // Pixels are cut into so many slices, each with a dw of its own, by sizes alone: for 16 items.
@@ -334,14 +304,14 @@ void conv_bn_wgrad(const ConvBnWgradParams& p, int threads) {
   const Wgrad<T> wgrad(p);
   const int64_t parts = slices(p), rows = p.output.rows();
   const int64_t filters = p.output.c, channels = p.input.c, taps = p.window.taps();
-  const int64_t down = blocks_down(p), across = blocks_across(p);
+  const int64_t down = blocks_down(p), across = blocks_across(p), width = item_filters(p);
   const int64_t size = taps * filters * channels;
   float* const partials = static_cast<float*>(p.workspace);
   parallel_for(parts * down * across, rows * filters, threads, [&](int64_t i) {
-    const int64_t part = i / (down * across), k = i / across % down * kFilters;
+    const int64_t part = i / (down * across), k = i / across % down * width;
     const int64_t c = i % across * kChannels;
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    const Range own{k, std::min(filters, k + kFilters)}, in{c, std::min(channels, c + kChannels)};
+    const Range own{k, std::min(filters, k + width)}, in{c, std::min(channels, c + kChannels)};
     float* const out = partials + part * size;
     if (p.mean == nullptr) {
       wgrad.template item<Prologue::kNone>(begin, end, own, in, out);
