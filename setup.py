@@ -3,7 +3,8 @@
 FUSEDRES_CUDA        unset: CUDA kernels if nvcc is in CUDA_HOME or on PATH; 0: none; 1: required;
                      wheel: nvcc from pip wheels, which build isolation fetches
 FUSEDRES_CUDA_ARCHS  "90;100": these architectures instead of the default list
-FUSEDRES_DEBUG       1: line information, debug symbols, bounds checks in CUDA kernels
+FUSEDRES_DEBUG       1: little optimisation, line information, debug symbols, bounds checks in CUDA
+                     kernels
 CXX                  the C++ compiler
 """
 
@@ -55,7 +56,7 @@ class NinjaBuild(build_ext):
         shutil.copyfile(module, target)
 
     def rules(self, build: Path, module: Path, cxx: list[str], pybind11_include: str) -> str:
-        common = ["-std=c++17", "-O3", "-Icsrc", "-Icsrc/include"]
+        common = ["-std=c++17", "-O1" if DEBUG else "-O3", "-Icsrc", "-Icsrc/include"]
         common += ["-g", "-DFUSEDRES_DEBUG"] if DEBUG else []
         # No kernel looks at floating-point exception flags; kept, they would forbid vector selects.
         host = ["-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-trapping-math"]

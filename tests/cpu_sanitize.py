@@ -43,9 +43,10 @@ SOURCES = (
 )
 # files of tests
 SUITES = ("test_fuzz", "test_fuzz_public", "test_threads", "test_add_relu", "test_batch_norm")
-SUITES += ("test_bn_act", "test_bn_relu_maxpool", "test_conv_bn_wgrad", "test_build")
+SUITES += ("test_bn_act", "test_bn_relu_maxpool", "test_build")
+SUITES += ("test_conv_bn_wgrad", "test_conv_bn_pointwise")
 # of them those on the backend cpp; gradcheck runs the same kernels on the same sizes, each time
-WANTED = "(cpp or wgrad or levels) and not gradcheck"
+WANTED = "(cpp or wgrad or pointwise or levels) and not gradcheck"
 TOOLS = ("address", "thread")
 SECONDS = 1800  # of a tool
 FINDING = re.compile(r"(ERROR|WARNING): \w+Sanitizer|: runtime error: ")
@@ -96,8 +97,9 @@ def address(folder: Path, log: Path) -> str:
         else:
             shutil.copy(source, checkout)
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += ["-fno-omit-frame-pointer", "-g"]
-    environment = os.environ | {"CXX": shlex.join([*compiler(), *flags]), "FUSEDRES_CUDA": "0"}
+    flags += ["-fno-omit-frame-pointer"]
+    environment = os.environ | {"CXX": shlex.join([*compiler(), *flags])}
+    environment |= {"FUSEDRES_CUDA": "0", "FUSEDRES_DEBUG": "1"}
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
     run([*install, "--target", str(site), str(checkout)], log, env=environment)
     environment = os.environ | build.environment() | {"PYTHONPATH": str(site)}

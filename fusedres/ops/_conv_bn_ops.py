@@ -61,9 +61,10 @@ class _Operands(NamedTuple):
 
     def cast_weight(self, backend: str, plan: Plan) -> Tensor:
         """The weight in the compute dtype; as it is stored, where the kernel casts it itself."""
-        if (backend, plan.base) == ("cpp", "fused"):
-            return self.weight
-        return self.weight.to(self.source.x.dtype) if self.packed is None else self.packed
+        if self.packed is not None:
+            return self.packed
+        casts = (backend, plan.base) == ("cpp", "fused")
+        return self.weight if casts else self.weight.to(self.source.x.dtype)
 
 
 class _Forward(NamedTuple):
