@@ -24,16 +24,21 @@ class Conv(NamedTuple):
     groups: int
 
     def check(self, op: str) -> None:
-        """Steps that libraries do not look at where they need none, or divide by.
+        """What libraries do not look at where they have no use for it, or divide by.
 
         Raises:
-            ValueError: a stride, dilation or number of groups below 1, or padding below 0.
+            ValueError: a stride, dilation or number of groups below 1, padding below 0, or too few
+                or too many of them.
         """
-        least = {"stride": 1, "padding": 0, "dilation": 1}
-        named = {name: (getattr(self, name), minimum) for name, minimum in least.items()}
-        for name, (values, minimum) in {**named, "groups": ((self.groups,), 1)}.items():
-            if min(values) < minimum:
-                raise ValueError(f"{op}: {name} must be at least {minimum}, got {list(values)}")
+        least = {"stride": (2, 1), "padding": (4, 0), "dilation": (2, 1)}
+        for name, (count, minimum) in least.items():
+            values = getattr(self, name)
+            if len(values) != count or min(values) < minimum:
+                raise ValueError(
+                    f"{op}: {name} must be {count} of at least {minimum}, got {list(values)}"
+                )
+        if self.groups < 1:
+            raise ValueError(f"{op}: groups must be at least 1, got {self.groups}")
 
     def even_padding(self) -> bool:
         """Whether both sides are padded alike, so that the library can do it."""
