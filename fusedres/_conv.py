@@ -12,7 +12,7 @@ from torch import Tensor
 
 STEM_CHANNELS = 4  # the most that kernels for images take
 BLOCK = 32  # channels and filters of the CPU's products come in so many
-MOST_CHANNELS = 4096
+MOST_CHANNELS = 4096  # and no more than so many channels
 
 
 class Conv(NamedTuple):
@@ -77,11 +77,10 @@ class Conv(NamedTuple):
         return self.groups == 1 and min(kernel_size) > 0
 
     def has_cpu_kernel(self, weight: torch.Size) -> bool:
-        """Whether the CPU's fused plan takes it: 1x1 of stride 1, channels in blocks."""
+        """Whether the CPU's fused plan takes it: 1x1, channels and filters in blocks."""
         filters, channels, height, width = weight
         whole = filters % BLOCK == 0 and channels % BLOCK == 0
-        pointwise = self.stride == (1, 1) and self.is_pointwise((height, width))
-        return pointwise and whole and max(filters, channels) <= MOST_CHANNELS
+        return self.is_pointwise((height, width)) and whole and channels <= MOST_CHANNELS
 
     def has_stem_kernel(self, in_channels: int) -> bool:
         """Whether kernels for images serve it, whatever its kernel and stride."""

@@ -434,7 +434,7 @@ def test_a_profile_names_every_layer_both_ways() -> None:
         assert parts[name, "fwd"]["backend"] == "cpp"
         strided = name.endswith("downsample.0") and not name.startswith("layer1")
         pointwise = name.rpartition(".")[2] in ("conv1", "conv3", "0") and name != "conv1"
-        plan = "split+compact" if strided else "fused" if pointwise else "split"
+        plan = "fused+compact" if strided else "fused" if pointwise else "split"
         assert parts[name, "fwd"]["plan"] == plan, name
     assert rows[-1]["case"] == "other" and all(row["ms"] >= 0 for row in rows)
     assert sum(row["share"] for row in rows) == pytest.approx(1)

@@ -60,6 +60,11 @@ CHAINS = [
     Chain("none", (2, 1056, 3, 3), 32),
     Chain("tensor_residual", (2, 1056, 3, 3), 32, emit=True),
     Chain("none", (2, 32, 3, 3), 1056),
+    Chain("tensor", (2, 32, 6, 5), 64, stride=2),
+    Chain("tensor", (2, 32, 6, 5), 64, stride=2, emit=True),
+    Chain("none", (2, 32, 7, 5), 64, stride=2),
+    Chain("tensor_residual", (2, 32, 6, 5), 64, stride=2),
+    Chain("deferred_residual", (2, 32, 6, 5), 64, stride=2, relu=False),
 ]
 
 
@@ -213,10 +218,10 @@ def test_it_runs_where_it_serves_and_nowhere_else() -> None:
                     torch.empty(64, 32, 3, 3),
                     torch.empty(64, 40, 1, 1),
                     torch.empty(40, 32, 1, 1),
-                    torch.empty(32, 8192, 1, 1),
+                    torch.empty(32, 4128, 1, 1),
                 ):
                     assert registry.base_of(way(other)[1]) == "split"
-                assert registry.base_of(way(weight, POINT._replace(stride=(2, 2)))[1]) == "split"
+                assert registry.base_of(way(weight, POINT._replace(stride=(3, 3)))[1]) == "split"
                 assert registry.base_of(way(weight, dtype=torch.float64)[1]) == "split"
                 nchw = way(weight, memory_format=torch.contiguous_format)
                 assert registry.base_of(nchw[1]) == "split"
@@ -250,9 +255,9 @@ def test_blocks_take_it_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) 
     with use_backend("cpp"):
         model(x).sum().backward()
         plans = {row.name: row.plan for row in report(model)}
-    assert called.count("conv_bn_fwd") == called.count("conv_bn_bwd") == 4
-    fused = {n.rpartition(".")[2] for n, plan in plans.items() if plan == "fused"}
-    assert fused == {"conv1 + bn1", "conv3 + bn3"}
+    assert called.count("conv_bn_fwd") == called.count("conv_bn_bwd") == 5
+    fused = {n.partition(".")[2] for n, plan in plans.items() if plan == "fused"}
+    assert fused == {"conv1 + bn1", "conv3 + bn3", "downsample.0 + downsample.1"}
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -260,7 +265,18 @@ def test_blocks_take_it_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "change",
-    ["dtype", "format", "channels", "filters", "kernel", "stride", "weight", "masks", "scale"]
+    [
+        "dtype",
+        "format",
+        "channels",
+        "filters",
+        "kernel",
+        "stride",
+        "weight",
+        "masks",
+        "emit",
+        "scale",
+    ]
     + ["residual", "y", "g", "sums", "grad_a", "a"],
 )
 def test_what_it_does_not_serve_is_refused(change: str) -> None:
@@ -268,7 +284,7 @@ def test_what_it_does_not_serve_is_refused(change: str) -> None:
     layout = torch.contiguous_format if change == "format" else CHANNELS_LAST
     channels, filters = 40 if change == "channels" else 32, 40 if change == "filters" else 32
     kernel = 3 if change == "kernel" else 1
-    conv = POINT._replace(stride=(2, 2)) if change == "stride" else POINT
+    conv = POINT._replace(stride=(3, 3)) if change == "stride" else POINT
 
     def full(count: int, height: int = 4) -> Tensor:
         return torch.randn(2, count, height, 4, dtype=dtype).contiguous(memory_format=layout)
@@ -285,8 +301,9 @@ def test_what_it_does_not_serve_is_refused(change: str) -> None:
     backward = change in ("y", "g", "sums", "grad_a", "a")
     if not backward:
         with pytest.raises(ValueError, match="conv_bn_fwd"):
-            kernels.conv_bn_fwd(source, weight, conv, False, change == "masks", *norm)
-        if change == "masks":
+            conv = POINT._replace(stride=(2, 1)) if change == "emit" else conv
+            kernels.conv_bn_fwd(source, weight, conv, change == "emit", change == "masks", *norm)
+        if change in ("masks", "emit"):
             return
     k = torch.ones(filters)
     up = Upstream(

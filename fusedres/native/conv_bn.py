@@ -30,6 +30,7 @@ from fusedres.native.batch_norm import (
 )
 from fusedres.native.bn_act import bn_act_fwd
 
+CHANNELS_LAST = torch.channels_last
 _DTYPES = (torch.float32, torch.bfloat16)
 _IN, _OUT = 32, 8  # ConvBnWgradParams::kInBlock and kOutBlock
 
@@ -56,16 +57,16 @@ def conv_bn_fwd(
     momentum: float | Tensor,
     eps: float,
 ) -> tuple[Tensor, Statistics, Tensor | None, None]:
-    """y [N, K, H, W]; mean, biased var, rstd, scale and bias [K] each; the activation if emit."""
+    """y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each; the activation if emit."""
     op = "conv_bn_fwd"
     stored = _check(op, source, weight, conv)
     if masks:
         raise ValueError(f"{op}: keeps no masks in bits")
-    x, *vectors_of, relu = source
-    n, _, height, width = x.shape
-    y = torch.empty(
-        (n, weight.size(0), height, width), dtype=x.dtype, memory_format=torch.channels_last
-    )
+    if emit and source.mean is not None and conv.stride != (1, 1):
+        raise ValueError(f"{op}: a stride of {conv.stride} cannot emit what it does not read")
+    x, *vectors_of, relu = _sampled(source, conv.stride)
+    shape = output_shape(source.x.shape, weight.shape, conv)
+    y = torch.empty(shape, dtype=x.dtype, memory_format=CHANNELS_LAST)
     norm = (bn_weight, bn_bias, running_mean, running_var)
     check_norm(op, y, *norm, training, momentum)
     a = like(x) if emit and source.mean is not None else None
@@ -93,20 +94,27 @@ def conv_bn_bwd(
     _bits: None,
     up: Upstream,
     grad_a: Tensor | None,  # of the emitted activation: like x, or of every second row and column
-    _plan: Plan,
+    plan: Plan,
     need_input: bool,
     need_weight: bool,
     weight_dtype: torch.dtype | None,  # of BatchNorm's dweight; None: there is none
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """g_in like x, its sums [2, C], a Deferred residual's sums [2, C], dw, dweight and dbias."""
+    """g_in like x, its sums [2, C], a Deferred residual's sums [2, C], dw, dweight and dbias.
+
+    If the plan is compact, g_in is [N, C, OH, OW].
+    """
     op = "conv_bn_bwd"
     stored = _check(op, source, weight, conv)
     x, y, types = source.x, up.y, (weight_dtype, bias_dtype)
+    stride = conv.stride
+    strided = stride != (1, 1)
     check(op, y, {"g": up.g}, {"mean": up.mean, "scale": up.scale, "rstd": up.rstd})
     check(op, y, {}, {"sums": up.sums})
     if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
         raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
+    if strided and source.mean is not None:  # what it does not read has no gradient either
+        source, conv = _sampled(source, stride), conv._replace(stride=(1, 1))
     if a is None and source.residual is not None:
         a = bn_act_fwd(*source)  # type: ignore[arg-type]
     g_in = sums = res_sums = dw = None
@@ -115,8 +123,11 @@ def conv_bn_bwd(
         dy, *gradients = batch_norm_bwd(*own, *types)
     else:
         dy, found = like(y), GradientVectors(y, types)
-        g_in, sums, res_sums = _dgrad(op, source, stored, a, up, grad_a, dy, found)
+        joins = None if strided else grad_a
+        g_in, sums, res_sums = _dgrad(op, source, stored, a, up, joins, dy, found)
         gradients = list(found.settle(up.sums, up.rstd))
+        if strided and not plan.compact:
+            g_in = _spread(g_in, stride, x, grad_a)
     if need_weight:
         dw = conv_bn_wgrad(dy, source if a is None else Source.plain(a), parameter, conv)
     return g_in, sums, res_sums, dw, *gradients
@@ -133,24 +144,26 @@ def _dgrad(
     gradients: GradientVectors,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """g_in, its sums and a Deferred residual's; writes dy, and dweight and dbias."""
-    x, deferred, gated = source.x, source.mean is not None, source.mean is not None and source.relu
+    deferred, gated = source.mean is not None, source.mean is not None and source.relu
+    n, channels, _, _ = source.x.shape
+    height, width = up.y.shape[2:]
+    shape = (n, channels, height, width)
+    g_in = torch.empty(shape, dtype=up.y.dtype, memory_format=CHANNELS_LAST)
     sampled, step_h, step_w = None, 1, 1
-    if grad_a is not None and grad_a.shape != x.shape:
+    if grad_a is not None and grad_a.shape != g_in.shape:
         sampled, grad_a = grad_a, None
-        _, _, height, width = x.shape
         step_h, step_w = 1 + (sampled.size(2) < height), 1 + (sampled.size(3) < width)
-        shape = (*x.shape[:2], -(-height // step_h), -(-width // step_w))
-        check_dense(op, "grad_a", sampled, shape, x, torch.channels_last)
-    check(op, x, {"grad_a": grad_a, "a": a}, name="x")
+        shape = (n, channels, -(-height // step_h), -(-width // step_w))
+        check_dense(op, "grad_a", sampled, shape, g_in, CHANNELS_LAST)
+    check(op, g_in, {"grad_a": grad_a, "a": a}, name="x")
     affine = gated and a is None  # what was emitted may hold a residual, which is not saved then
-    g_in = like(x)
-    sums = vectors(x, 2) if deferred else None
-    res_sums = vectors(x, 2) if source.res_mean is not None else None
+    sums = vectors(g_in, 2) if deferred else None
+    res_sums = vectors(g_in, 2) if source.res_mean is not None else None
     act = pointers(
         g_in,
         grad_a,
         a if gated else None,
-        x if deferred else None,
+        source.x if deferred else None,
         source.mean,
         source.scale if affine else None,
         source.bias if affine else None,
@@ -161,12 +174,32 @@ def _dgrad(
         res_sums,
         None,
     )
-    c, args, filters = require(), head(x), stored.size(0)
-    work = workspace(c.conv_bn_dgrad_workspace(args, filters, act), x)
+    c, args, filters = require(), head(g_in), stored.size(0)
+    work = workspace(c.conv_bn_dgrad_workspace(args, filters, act), g_in)
     own = pointers(up.g, up.y, up.mean, up.scale, up.rstd, up.sums, None, dy, work)
     rest = (numbered(stored), act, *pointers(sampled), (step_h, step_w))
     c.conv_bn_dgrad(args, filters, up.training, own, gradients.vectors, *rest)
     return g_in, sums, res_sums
+
+
+def _sampled(source: Source, stride: tuple[int, int]) -> Source:
+    """Of the pixels that a strided kernel reads."""
+    if stride == (1, 1):
+        return source
+    step_h, step_w = stride
+    x, residual = (
+        None if t is None else t[:, :, ::step_h, ::step_w].contiguous(memory_format=CHANNELS_LAST)
+        for t in (source.x, source.residual)
+    )
+    assert x is not None
+    return source._replace(x=x, residual=residual)
+
+
+def _spread(g_in: Tensor, stride: tuple[int, int], x: Tensor, grad_a: Tensor | None) -> Tensor:
+    """The gradient of all of x, from that of the pixels read and that of what was emitted."""
+    full = torch.zeros_like(x) if grad_a is None else grad_a.clone()
+    full[:, :, :: stride[0], :: stride[1]] += g_in
+    return full
 
 
 def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> Tensor:
@@ -185,7 +218,7 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> Tensor:
     if (
         not ranked
         or x.device.type != "cpu"
-        or memory_format_of(x) != torch.channels_last
+        or memory_format_of(x) != CHANNELS_LAST
         or not conv.has_cpu_kernel(weight.shape)
         or weight.dtype not in (x.dtype, torch.float32)
         or not multiplies(x.dtype)
@@ -205,7 +238,7 @@ def serves_wgrad(source: Source, weight: Tensor, conv: Conv) -> bool:
         and conv.groups == 1
         and x.dtype in _DTYPES
         and x.device.type == "cpu"
-        and stored_format(x) == torch.channels_last
+        and stored_format(x) == CHANNELS_LAST
         and require().cpu_level() != "baseline"
         and not (x.dtype == torch.bfloat16 and require().cpu_has_tiles())
     )
