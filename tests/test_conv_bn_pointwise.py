@@ -187,6 +187,19 @@ def test_weights_of_either_dtype_and_memory_format() -> None:
     assert (grads[0] - grads[1]).abs().max() <= 2**-8 * grads[0].abs().max()
 
 
+@pytest.mark.parametrize("odd", ["gaps", "negated"])
+def test_weights_may_lie_anyhow(odd: str) -> None:
+    x = torch.randn(2, 32, 5, 5).contiguous(memory_format=CHANNELS_LAST)
+    if odd == "gaps":
+        w = torch.randn(64, 64, 1, 1)[:, ::2]
+    else:
+        w = torch.randn(64, 32, 1, 1, dtype=torch.complex64).conj().imag
+    assert w.is_neg() == (odd == "negated")
+    with use_backend("cpp"), use_plan("fused"):
+        d = conv_bn(x, w)
+    torch.testing.assert_close(d.y, F.conv2d(x, w.clone()), rtol=1e-5, atol=1e-5)
+
+
 def test_nan_and_infinity_stay_in_their_pixel_and_are_counted_once() -> None:
     x = torch.randn(2, 32, 4, 4).contiguous(memory_format=CHANNELS_LAST)
     x[1, 5, 2, 3] = float("nan")

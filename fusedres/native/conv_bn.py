@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres._checks import check_dense, check_norm, described
+from fusedres._checks import check_dense, check_norm, check_reach, described
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._plans import Plan
 from fusedres._tensors import elements_per_channel, memory_format_of, stored_format
@@ -109,8 +109,8 @@ def conv_bn_bwd(
     x, y, types = source.x, up.y, (weight_dtype, bias_dtype)
     stride = conv.stride
     strided = stride != (1, 1)
-    check(op, y, {"g": up.g}, {"mean": up.mean, "scale": up.scale, "rstd": up.rstd})
-    check(op, y, {}, {"sums": up.sums})
+    own = {"mean": up.mean, "scale": up.scale, "rstd": up.rstd, "sums": up.sums}
+    check(op, y, {"g": up.g}, own)
     if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
         raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
     if strided and source.mean is not None:  # what it does not read has no gradient either
@@ -119,8 +119,8 @@ def conv_bn_bwd(
         a = bn_act_fwd(*source)  # type: ignore[arg-type]
     g_in = sums = res_sums = dw = None
     if not need_input:
-        own = (up.g, y, up.mean, up.scale, up.rstd, up.sums, up.training)
-        dy, *gradients = batch_norm_bwd(*own, *types)
+        inputs = (up.g, y, up.mean, up.scale, up.rstd, up.sums, up.training)
+        dy, *gradients = batch_norm_bwd(*inputs, *types)
     else:
         dy, found = like(y), GradientVectors(y, types)
         joins = None if strided else grad_a
@@ -129,7 +129,7 @@ def conv_bn_bwd(
         if strided and not plan.compact:
             g_in = _spread(g_in, stride, x, grad_a)
     if need_weight:
-        dw = conv_bn_wgrad(dy, source if a is None else Source.plain(a), parameter, conv)
+        dw = _wgrad(dy, source if a is None else Source.plain(a), parameter, conv)
     return g_in, sums, res_sums, dw, *gradients
 
 
@@ -155,7 +155,8 @@ def _dgrad(
         step_h, step_w = 1 + (sampled.size(2) < height), 1 + (sampled.size(3) < width)
         shape = (n, channels, -(-height // step_h), -(-width // step_w))
         check_dense(op, "grad_a", sampled, shape, g_in, CHANNELS_LAST)
-    check(op, g_in, {"grad_a": grad_a, "a": a}, name="x")
+    if grad_a is not None or a is not None:
+        check(op, g_in, {"grad_a": grad_a, "a": a}, name="x")
     affine = gated and a is None  # what was emitted may hold a residual, which is not saved then
     sums = vectors(g_in, 2) if deferred else None
     res_sums = vectors(g_in, 2) if source.res_mean is not None else None
@@ -217,14 +218,18 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> Tensor:
     ranked = isinstance(weight, Tensor) and weight.dim() == 4 and weight.size(1) == x.size(1)
     if (
         not ranked
-        or x.device.type != "cpu"
+        or not x.device.type == weight.device.type == "cpu"
         or memory_format_of(x) != CHANNELS_LAST
         or not conv.has_cpu_kernel(weight.shape)
         or weight.dtype not in (x.dtype, torch.float32)
         or not multiplies(x.dtype)
     ):
         raise ValueError(f"{op}: no kernel for x {described(x)} and weight {described(weight)}")
-    return weight.detach().reshape(weight.shape[:2]).contiguous()
+    check_reach(op, weight=weight)
+    weight = weight.detach().resolve_neg()
+    if weight.stride()[:2] == (x.size(1), 1):
+        return weight
+    return weight.reshape(weight.shape[:2]).contiguous()
 
 
 def serves_wgrad(source: Source, weight: Tensor, conv: Conv) -> bool:
@@ -259,14 +264,20 @@ def conv_bn_wgrad(
         raise ValueError(
             f"conv_bn_wgrad: no kernel for x {described(x)} and weight {described(weight)}"
         )
-    height, width = weight.shape[2:]
     out = output_shape(x.shape, weight.shape, conv)
     check_dense("conv_bn_wgrad", "dy", dy, out, x)
+    return _wgrad(dy, source, weight, conv)
+
+
+def _wgrad(dy: Tensor, source: Source, weight: Tensor, conv: Conv) -> Tensor:
+    """conv_bn_wgrad of what was checked."""
     if dy.numel() == 0:
         return torch.zeros_like(weight)
+    x, mean, scale, bias = source.x, source.mean, source.scale, source.bias
     dw = torch.empty_like(weight, dtype=torch.float32)
+    height, width = weight.shape[2:]
     window = (height, width, *conv.stride, conv.padding[0], conv.padding[2], *conv.dilation)
-    c, args = require(), head(x)
+    c, args, out = require(), head(x), tuple(dy.shape)
     work = workspace(c.conv_bn_wgrad_workspace(args, out, window), x)
     tensors = pointers(dy, x, mean, scale, bias, dw, work)
     c.conv_bn_wgrad(args, out, window, source.relu and mean is not None, tensors, dw.stride())

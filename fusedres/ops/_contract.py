@@ -68,9 +68,14 @@ def check_tensor(op: str, name: str, value: object, ndim: int | None = 4) -> Ten
         shape = "[N, C, H, W]" if ndim == 4 else f"{ndim}-dimensional"
         raise ValueError(f"{op}: {name} must be {shape}, got shape {list(value.shape)}")
     # of others memory is not known, or not there yet
-    if type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu" and _is_real():
-        check_reach(op, **{name: value})
+    if type(value) in _WITH_MEMORY and value.device.type == "cpu" and _is_real():
+        address = value.data_ptr()
+        if not address or address & 7:  # maybe: nearly all are multiples of every element's size
+            check_reach(op, **{name: value})
     return value
+
+
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 
 def _is_real() -> bool:
