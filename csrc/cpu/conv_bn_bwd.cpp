@@ -49,8 +49,6 @@ struct Dgrad {
   template <class Value, class Gradient>
   void block(int64_t index, const Value& value, const Gradient& gradient) const {
     constexpr int kSums = Gradient::kSums;
-    const T *const g = static_cast<const T*>(p.output.g), *const y =
-                                                              static_cast<const T*>(p.output.y);
     T *const dy = static_cast<T*>(p.output.dy), *const da = static_cast<T*>(p.input.g);
     double* const totals = partials + index * kSums * in.c;
     std::fill_n(totals, kSums * in.c, 0.0);
@@ -70,8 +68,9 @@ struct Dgrad {
       }
       const int64_t next = (first + rows) * out.c;
       const int64_t after = std::min(rows, cut.rows - first - rows) * out.c * sizeof(T);
-      fetches.add(g + next, after);
-      fetches.add(y + next, after);
+      for (const void* read : {p.output.g, p.output.y}) {
+        fetches.add(static_cast<const T*>(read) + next, after);
+      }
       multiply(static_cast<const T*>(dy) + first * out.c, rows, out.c, panels, in.c, da + here,
                fetches);
       if (p.sampled != nullptr) join_samples(first, rows, da);

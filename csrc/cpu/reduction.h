@@ -3,8 +3,7 @@
 // Stage 1 cuts the tensor into items (NHWC: a block of pixels, kTile channels at most; NCHW: one
 // plane), walks each item in chunks, sums a chunk in the accumulation type and chunks in double,
 // and writes one row of partials per block. Stage 2 merges the rows of each channel in order. A
-// block has at least 128 pixels, so partials stay small beside the tensor. A tensor that comes in
-// parts leaves the rows of each part behind those before it; the last one's call merges all.
+// block has at least 128 pixels, so partials stay small beside the tensor.
 #pragma once
 
 #include <algorithm>
