@@ -57,7 +57,7 @@ CHAINS = [
     Chain("deferred_residual", (3, 64, 5, 7), 96, relu=False),
     Chain("none", (3, 32, 1, 1), 32),
     Chain("none", (2, 32, 93, 91), 32),
-    Chain("none", (2, 1056, 3, 3), 32),
+    Chain("none", (1, 1600, 13, 15), 32),
     Chain("tensor_residual", (2, 1056, 3, 3), 32, emit=True),
     Chain("none", (2, 32, 3, 3), 1056),
     Chain("tensor", (2, 32, 6, 5), 64, stride=2),
