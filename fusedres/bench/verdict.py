@@ -132,8 +132,8 @@ def in_words(row: Row) -> str:
 
 
 def read_limits(path: Path) -> list[dict[str, Any]]:
-    """A JSON list of limits: the row they are for, its ratio as once measured, and by what factor
-    it may be exceeded.
+    """A JSON list of limits: the row they are for, its plan where there are several, its ratio as
+    once measured, and by what factor it may be exceeded.
 
     Raises:
         OSError: it cannot be read.
@@ -141,7 +141,7 @@ def read_limits(path: Path) -> list[dict[str, Any]]:
     """
     limits = json.loads(path.read_text())
     if not isinstance(limits, list) or any(
-        not isinstance(limit, dict) or set(limit) != LIMIT or limit["margin"] < 1
+        not isinstance(limit, dict) or set(limit) - {"plan"} != LIMIT or limit["margin"] < 1
         for limit in limits
     ):
         raise ValueError(f"{path}: expected a list of limits with {', '.join(sorted(LIMIT))}")
@@ -154,10 +154,10 @@ def exceeded(rows: Sequence[Row], limits: Sequence[dict[str, Any]]) -> list[str]
     """
     found = []
     for limit in limits:
-        fields = [f for f in LIMIT if f not in ("ratio", "margin")]
+        fields = [f for f in limit if f not in ("ratio", "margin")]
         matching = [row for row in rows if all(row.get(f) == limit[f] for f in fields)]
         most = limit["ratio"] * limit["margin"]
-        what = in_words({**limit, "plan": None})
+        what = in_words({"plan": None, **limit})
         if not matching:
             found.append(f"{what}: not measured")
         for row in matching:
