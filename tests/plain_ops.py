@@ -200,6 +200,9 @@ def _convolved(a: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     if a.size(0) == 0:
         return a.new_empty(output_shape(a.shape, weight.shape, conv)) + 0 * (a.sum() + weight.sum())
     top, bottom, left, right = conv.padding
+    if tuple(weight.shape[2:]) == (1, 1):  # as in fusedres.reference.conv_bn
+        read = F.pad(a, (left, right, top, bottom))[:, :, :: conv.stride[0], :: conv.stride[1]]
+        return F.conv2d(read, weight, None, 1, 0, conv.dilation, conv.groups)
     if conv.even_padding() and a.size(3) >= conv.stride[1]:  # as in fusedres.library.conv_bn
         return F.conv2d(a, weight, None, conv.stride, (top, left), conv.dilation, conv.groups)
     padded = F.pad(a, (left, right, top, bottom))

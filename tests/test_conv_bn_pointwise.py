@@ -325,10 +325,12 @@ def test_what_it_does_not_serve_is_refused(change: str) -> None:
     )  # fmt: skip
     grad_a = full(channels, 3) if change == "grad_a" else None
     a = full(channels, 3) if change == "a" else None
-    with pytest.raises(ValueError, match="conv_bn_bwd"):
-        kernels.conv_bn_bwd(
-            source, weight, weight, conv, a, None, up, grad_a, Plan("fused"), True, True, None, None
-        )
+    for need_input in (True, change == "grad_a"):
+        with pytest.raises(ValueError, match="conv_bn_bwd"):
+            kernels.conv_bn_bwd(
+                source, weight, weight, conv, a, None, up, grad_a, Plan("fused"), need_input, True,
+                None, None,
+            )  # fmt: skip
 
 
 def test_deferred_is_what_comes_out() -> None:

@@ -262,6 +262,9 @@ def expected(name: str, call: Call) -> tuple[Tensor | None, ...] | None:
         n: meant.get((call.roles[n], v), v) if isinstance(v, int) else v
         for n, v in call.arguments.items()
     }
+    for n, v in arguments.items():
+        if isinstance(v, Tensor) and v.is_inference():  # which autograd takes amiss
+            arguments[n] = v.clone()
     for n, v in arguments.items():  # a product with zeros that nobody has made yet is 0, of NaN too
         if isinstance(v, Tensor) and v._is_zerotensor():
             arguments[n] = torch.zeros(v.shape, dtype=v.dtype)

@@ -214,3 +214,26 @@ def test_a_residual_that_cannot_be_cast_is_named_under_autocast() -> None:
         pytest.raises(TypeError, match="residual must be dense"),
     ):
         fusedres.conv_bn_relu(X, W, None, None, residual=torch.zeros(2, 4, 5, 5).to_mkldnn())
+
+
+@built
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 2, 1, 2)])
+@pytest.mark.parametrize("size", [(10, 8), (9, 9)])
+def test_a_strided_1x1_of_any_size_goes_backward(
+    size: tuple[int, int], padding: tuple[int, int, int, int]
+) -> None:
+    """oneDNN's own backward, of 10x8 in fp32, writes where it must not."""
+    top, bottom, left, right = padding
+    height, width = size[0] - top - bottom, size[1] - left - right
+    x = torch.randn(3, 8, height, width).contiguous(memory_format=torch.channels_last)
+    weight, grad = torch.randn(5, 8, 1, 1), torch.randn(3, 5, 5, -(-size[1] // 2))
+    found = []
+    for backend in ("cpp", "reference"):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with fusedres.use_backend(backend):
+            for _ in range(20):
+                y = ops.conv_bn(*leaves, stride=2, padding=padding, relu=False).value()
+                y.backward(grad)
+        found.append([y, *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -58,9 +58,12 @@ def convolution_backward(
         return tuple(  # type: ignore[return-value]
             t if need else None for t, need in zip(nothing, (need_da, need_dw), strict=True)
         )
-    samples = _sampling_pays(a, weight, conv)
+    samples = _samples(a, weight, conv)
     if samples:
-        a, conv = _sampled(a, conv, stored_format(a))
+        top, bottom, left, right = conv.padding
+        whole = F.pad(a, (left, right, top, bottom)) if any(conv.padding) else a
+        a = whole[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=stored_format(a))
+        conv = conv._replace(stride=(1, 1), padding=(0, 0, 0, 0))
     padded, padding = _pad(a, conv)
     product = need_dw and _product_pays(dy, padded, weight, conv)
     da, dw, _ = torch.ops.aten.convolution_backward(
@@ -85,28 +88,23 @@ def convolution_backward(
     if need_da and samples and not compact:
         full = torch.zeros_like(whole)
         full[:, :, :: steps[0], :: steps[1]] = da
-        da = full
+        da = full[:, :, top : whole.size(2) - bottom, left : whole.size(3) - right]
     if need_da and compact and not samples:
         da = da[:, :, :: steps[0], :: steps[1]]
     return (da if need_da else None), (dw if need_dw else None)
 
 
-# On a CPU oneDNN's backward of a strided 1x1 reads and writes what it does not need; and for few
-# pixels its wgrad in bf16 is slower than its matrix product.
+# For few pixels oneDNN's wgrad in bf16 is slower than its matrix product.
 _FEW_ROWS = 4096
 
 
-def _sampling_pays(a: Tensor, weight: Tensor, conv: Conv) -> bool:
-    strided = conv.stride != (1, 1) and conv.is_pointwise((weight.size(2), weight.size(3)))
+def _samples(a: Tensor, weight: Tensor, conv: Conv) -> bool:
+    """Whether the pixels that a strided 1x1 kernel reads are gathered first: on a CPU, where
+    oneDNN's backward of it reads and writes what it does not need, and for some sizes, in fp32,
+    where it must not.
+    """
+    strided = conv.stride != (1, 1) and tuple(weight.shape[2:]) == (1, 1)
     return strided and a.device.type == "cpu"
-
-
-def _sampled(a: Tensor, conv: Conv, memory_format: torch.memory_format) -> tuple[Tensor, Conv]:
-    """The pixels that a strided 1x1 kernel reads, and the convolution of them."""
-    step_h, step_w = conv.stride
-    return a[:, :, ::step_h, ::step_w].contiguous(memory_format=memory_format), conv._replace(
-        stride=(1, 1)
-    )
 
 
 def _product_pays(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv) -> bool:

@@ -113,6 +113,10 @@ def conv_bn_bwd(
     check(op, y, {"g": up.g}, own)
     if tuple(y.shape) != output_shape(x.shape, weight.shape, conv) or y.dtype != x.dtype:
         raise ValueError(f"{op}: y does not belong to x {list(x.shape)}, got {described(y)}")
+    if parameter.shape != weight.shape or (a is not None and strided):
+        raise ValueError(f"{op}: what was emitted, or the weight, does not belong to this call")
+    if a is not None:
+        check(op, x, {"a": a}, name="x")
     if strided and source.mean is not None:  # what it does not read has no gradient either
         source, conv = _sampled(source, stride), conv._replace(stride=(1, 1))
     if a is None and source.residual is not None:
@@ -155,8 +159,8 @@ def _dgrad(
         step_h, step_w = 1 + (sampled.size(2) < height), 1 + (sampled.size(3) < width)
         shape = (n, channels, -(-height // step_h), -(-width // step_w))
         check_dense(op, "grad_a", sampled, shape, g_in, CHANNELS_LAST)
-    if grad_a is not None or a is not None:
-        check(op, g_in, {"grad_a": grad_a, "a": a}, name="x")
+    if grad_a is not None:
+        check(op, g_in, {"grad_a": grad_a}, name="x")
     affine = gated and a is None  # what was emitted may hold a residual, which is not saved then
     sums = vectors(g_in, 2) if deferred else None
     res_sums = vectors(g_in, 2) if source.res_mean is not None else None
