@@ -8,7 +8,7 @@ from fusedres.deferred import Deferred
 from fusedres.functional import add_relu, bn_add_relu, conv_bn_relu
 from fusedres.info import info
 from fusedres.models import FusedResNet50, resnet18, resnet34, resnet50, resnet101, resnet152
-from fusedres.nn import ConvBlock, ConvBNReLU, IdentityBlock, report
+from fusedres.nn import ConvBlock, ConvBNReLU, IdentityBlock, fuse, report, unfuse
 
 logging.getLogger("fusedres").addHandler(logging.NullHandler())
 
@@ -22,6 +22,7 @@ __all__ = [
     "add_relu",
     "bn_add_relu",
     "conv_bn_relu",
+    "fuse",
     "info",
     "report",
     "resnet18",
@@ -29,6 +30,7 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "unfuse",
     "use_backend",
     "use_plan",
 ]

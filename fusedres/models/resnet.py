@@ -131,7 +131,7 @@ class ResNet(FusedModule):
         return self.fc(pooled.flatten(1))
 
     def _stem(self, x: Tensor) -> Tensor:
-        if self.plain_reason() is not None:
+        if self.runs_plainly():
             return self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return apply_stem(x, self.conv1, self.bn1, self.maxpool)
 

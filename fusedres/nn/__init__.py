@@ -10,6 +10,7 @@ from fusedres.nn.blocks import (
     Stage,
     unfuse_in_place,
 )
+from fusedres.nn.fuse import fuse, unfuse
 from fusedres.nn.report import report
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "ConvBlock",
     "IdentityBlock",
     "Stage",
+    "fuse",
     "report",
+    "unfuse",
     "unfuse_in_place",
 ]

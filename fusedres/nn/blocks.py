@@ -8,6 +8,7 @@ a block or a stage, a foreign module or a forward of one's own turns it into a T
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,10 +21,19 @@ from fusedres import backends
 from fusedres._tensors import memory_format_of, stored_format
 from fusedres.deferred import Deferred
 from fusedres.nn.init import Initializer, resolve
-from fusedres.nn.layers import apply_conv_bn, has_hooks, is_untouched, plain_reason, same_padding
+from fusedres.nn.layers import (
+    apply_conv_bn,
+    by_hook,
+    has_hooks,
+    is_pointwise,
+    is_untouched,
+    plain_reason,
+    same_padding,
+    sampling,
+)
 from fusedres.ops import _contract as contract
 from fusedres.ops._contract import autocast_on, compute_dtype, exporting
-from fusedres.ops._packed import packing
+from fusedres.ops._packed import packed_weights, packing
 
 
 def as_tensor(x: Tensor | Deferred) -> Tensor:
@@ -54,6 +64,33 @@ class FusedModule(nn.Module, ABC):
 
     fused: bool = True
     op: str = "conv_bn"
+    _warned: bool = False
+
+    def runs_plainly(self) -> bool:
+        """Whether this call is to be that of plain modules; warns once where a hook is the reason.
+
+        A graph that is recorded for elsewhere is one of plain modules.
+        """
+        if exporting():
+            return True
+        reason = self.plain_reason()
+        hooked = reason is not None and by_hook(reason)
+        if hooked and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: {reason}, so its children run as plain modules; "
+                "fusedres.report(model) shows which parts do",
+                stacklevel=3,
+            )
+        return reason is not None
+
+    def accepts_deferred(self) -> bool:
+        """Whether it may be handed a Deferred."""
+        return False
+
+    def op_of(self, conv: str) -> str:
+        """Which op runs that convolution."""
+        return self.op
 
     @abstractmethod
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
@@ -82,7 +119,7 @@ class _Block(FusedModule):
             x: a Tensor; a Deferred where the caller hands one over.
             defer: return a Deferred where the block ends in one.
         """
-        if self.plain_reason() is not None:
+        if self.runs_plainly():
             return self._forward_plain(as_tensor(x))
         out = self._forward_fused(x)
         return out if defer else in_format_of(out.value(), x)
@@ -176,10 +213,10 @@ class _ResidualBlock(_Block):
         return None
 
     def _forward_fused(self, x: Tensor | Deferred) -> Deferred:
-        if isinstance(x, Deferred) and not self._emits():
+        if isinstance(x, Deferred) and not is_pointwise(self.conv1):
             x = x.value()
-        sampling: Any = self._sampling(x) or True
-        h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=sampling)
+        emit: Any = (self.downsample and sampling(x, self.downsample[0])) or True  # type: ignore[arg-type]
+        h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=emit)
         shortcut: Any = a
         if self.downsample is not None:
             conv, bn = self.downsample
@@ -193,25 +230,6 @@ class _ResidualBlock(_Block):
                 residual=shortcut if i == self.depth else None,
             )
         return h
-
-    def _sampling(self, x: Tensor | Deferred) -> tuple[int, int] | None:
-        """The stride of a shortcut that is to give no gradient for what it does not read."""
-        if self.downsample is None or torch.compiler.is_compiling():
-            return None  # Dynamo makes zeros of the gradients that do not come
-        if not isinstance(x, Tensor | Deferred):
-            return None  # type: ignore[unreachable]  # conv_bn will say so
-        conv: Any = self.downsample[0]
-        choice = backends.choose("conv_bn", x.device.type, compute_dtype(as_stored(x)))
-        pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        if not (pointwise and max(conv.stride) == 2 and backends.samples_shortcuts(choice)):
-            return None
-        height, width = conv.stride
-        return height, width
-
-    def _emits(self) -> bool:
-        """Whether conv1 can write its input's value on the way: 1x1, stride 1."""
-        conv = self.conv1
-        return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         h, in_place = x, self._in_place()
@@ -419,7 +437,9 @@ def takes_deferred(module: nn.Module) -> bool:
         return False
     if type(module) is Stage:
         return len(module) > 0 and takes_deferred(module[0])
-    return type(module) in (IdentityBlock, ConvBlock, BasicBlock)
+    if type(module) in (IdentityBlock, ConvBlock, BasicBlock):
+        return True
+    return isinstance(module, FusedModule) and module.accepts_deferred()
 
 
 def call(module: nn.Module, x: Tensor | Deferred, *, defer: bool) -> Tensor | Deferred:
@@ -431,15 +451,15 @@ def call(module: nn.Module, x: Tensor | Deferred, *, defer: bool) -> Tensor | De
     return module(as_tensor(x))
 
 
-def packed(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
+def packed(model: nn.Module, x: Tensor | Deferred) -> contextlib.AbstractContextManager[None]:
     """A scope in which autocast's casts of the weights that a model fuses are made at once.
 
     Nothing where autocast is off or a graph is recorded: there each convolution casts its own. So
     it does on a CPU, forward and backward: that costs little beside a convolution, and what is
     cast at once is held until backward.
     """
-    recorded = not isinstance(x, Tensor) or torch.compiler.is_compiling() or exporting()
-    if recorded or not autocast_on(x):
+    recorded = torch.compiler.is_compiling() or exporting()
+    if not isinstance(x, Tensor) or recorded or not autocast_on(x) or packed_weights() is not None:
         return contextlib.nullcontext()
     dtype = compute_dtype(x)
     if backends.choose("conv_bn", x.device.type, dtype).backend in ("reference", "cpp"):

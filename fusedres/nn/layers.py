@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fusedres import backends
+from fusedres._conv import Conv
 from fusedres.deferred import Deferred, Sampled
-from fusedres.ops import conv_bn, conv_bn_relu_maxpool
+from fusedres.ops import bn_relu_maxpool, conv_bn, conv_bn_relu_maxpool
+from fusedres.ops._contract import compute_dtype
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALL_HOOKS = [(name, f"_global{name}") for name in _HOOKS]  # of one module, of all
@@ -28,14 +31,31 @@ def is_untouched(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not has_hooks(module)
 
 
+def touched(name: str) -> str:
+    """The reason for a child that a hook or a replaced forward sits on."""
+    return f"{name} {_TOUCHED}"
+
+
+def by_hook(reason: str) -> bool:
+    """Whether a reason is that of `touched`."""
+    return reason.endswith(_TOUCHED)
+
+
+_TOUCHED = "has a hook or a forward of its own"
+
+
 def plain_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
     """Why the child `name` must be called as a module, so that its block cannot fuse, or None."""
+    reason = kind_reason(module, name, expected)
+    return touched(name) if reason is None and not is_untouched(module) else reason
+
+
+def kind_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
+    """The same, whoever looks on."""
     if not isinstance(module, expected):
         return f"{name} is a {type(module).__name__}"
     if type(module) is not expected:
         return f"{name} is a {type(module).__name__}, a subclass whose forward may differ"
-    if not is_untouched(module):
-        return f"{name} has a hook or a forward of its own"
     if isinstance(module, nn.Conv2d):
         if module.bias is not None:
             return f"{name} has a bias"
@@ -58,6 +78,34 @@ def same_padding(kernel_size: tuple[int, ...]) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of Keras's 'same' at stride 1: k - 1 in all, the odd one after."""
     (top, bottom), (left, right) = (((k - 1) // 2, k - 1 - (k - 1) // 2) for k in kernel_size)
     return top, bottom, left, right
+
+
+def geometry(conv: nn.Conv2d) -> Conv:
+    """Stride, padding, dilation and groups as ops take them."""
+    stride, dilation = conv.stride, conv.dilation
+    return Conv(stride, padding_of(conv), dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether it can write its input's value on the way: 1x1, stride 1, no padding."""
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and not any(padding_of(conv))
+
+
+def sampling(x: Tensor | Deferred, conv: nn.Conv2d) -> tuple[int, int] | None:
+    """The stride of a shortcut that is to give no gradient for the pixels of x that it does not
+    read.
+    """
+    if torch.compiler.is_compiling():
+        return None  # Dynamo makes zeros of the gradients that do not come
+    if not isinstance(x, Tensor | Deferred):
+        return None  # type: ignore[unreachable]  # conv_bn will say so
+    stored = x.y if isinstance(x, Deferred) else x
+    choice = backends.choose("conv_bn", x.device.type, compute_dtype(stored))
+    pointwise = conv.kernel_size == (1, 1) and not any(padding_of(conv)) and conv.groups == 1
+    if not (pointwise and max(conv.stride) == 2 and backends.samples_shortcuts(choice)):
+        return None
+    height, width = conv.stride
+    return height, width
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -127,10 +175,15 @@ def apply_conv_bn(
     return result
 
 
-def apply_stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
+def apply_stem(
+    x: Tensor | Deferred, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d
+) -> Tensor:
     """conv_bn_relu_maxpool with the parameters, statistics and mode of three modules, as if called
     with a ReLU among them.
     """
+    if isinstance(x, Deferred):
+        h = apply_conv_bn(x, conv, bn)
+        return bn_relu_maxpool(h, pool.kernel_size, pool.stride, pool.padding)  # type: ignore[arg-type]
     p = conv_bn_relu_maxpool(
         x,
         conv.weight,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import backends
-from fusedres._conv import Conv
 from fusedres.nn.blocks import FusedModule, Stage
-from fusedres.nn.layers import is_untouched, padding_of
+from fusedres.nn.fuse import FusedByProgram, unfused
+from fusedres.nn.layers import geometry, is_untouched
 from fusedres.ops._contract import compute_dtype
 from fusedres.ops.conv_bn_relu_maxpool import stem_way
 
@@ -45,10 +45,8 @@ def _way(
     op: str, choice: backends.Choice, conv: nn.Conv2d, weight: Tensor, dtype: torch.dtype
 ) -> tuple[str, str]:
     """Backend and plan of a convolution whose input is not known yet: taken as large."""
-    stride, dilation = (tuple(p) for p in (conv.stride, conv.dilation))
-    geometry = Conv(stride, padding_of(conv), dilation, conv.groups)  # type: ignore[arg-type]
     way = backends.way_of if op == "conv_bn" else stem_way
-    return way(choice, dtype, weight, geometry)
+    return way(choice, dtype, weight, geometry(conv))
 
 
 def report(model: nn.Module) -> Report:
@@ -56,7 +54,7 @@ def report(model: nn.Module) -> Report:
     is now.
 
     Args:
-        model: any module; its fusedres blocks are listed.
+        model: any module. Its convolutions are listed: those of fused blocks, then the others.
 
     Returns:
         A printable list of rows (name, "fused" or "plain", backend, plan, reason).
@@ -73,7 +71,7 @@ def report(model: nn.Module) -> Report:
         if module is not model and isinstance(module, FusedModule | Stage):
             if not is_untouched(module):
                 border[path] = f"Tensors enter and leave {path}: it has a hook or its own forward"
-            if isinstance(module, Stage) and path in border:
+            if isinstance(module, Stage | FusedByProgram) and path in border:
                 ends = list(dict(module.named_children()))
                 border |= {f"{path}.{name}": border[path] for name in (*ends[:1], *ends[-1:])}
         if not isinstance(module, FusedModule):
@@ -86,10 +84,12 @@ def report(model: nn.Module) -> Report:
                 rows.append(Row(name, "plain", "torch", "-", reason or ""))
                 continue
             dtype = compute_dtype(weight)
-            choice = backends.choose(module.op, weight.device.type, dtype)
+            op = module.op_of(conv_name)
+            choice = backends.choose(op, weight.device.type, dtype)
             assert isinstance(conv, nn.Conv2d)  # else there is a reason
-            backend, plan = _way(module.op, choice, conv, weight, dtype)
+            backend, plan = _way(op, choice, conv, weight, dtype)
             runs = "plain" if backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))
             rows.append(Row(name, runs, backend, plan, why))
+    rows += [Row(path, "plain", "torch", "-", why) for path, _, why in unfused(model)]
     return rows
