@@ -384,9 +384,22 @@ def choose(op: str, device: str, dtype: torch.dtype) -> Choice:
     """Backend and plan for one call, resolved in forward and kept for its backward.
 
     Raises:
-        RuntimeError: a backend or plan asked for by name cannot serve these tensors.
+        RuntimeError: a backend or plan asked for by name cannot serve these tensors; or one that
+            torch.func cannot look into is to run within its transforms.
     """
-    return _choose_here(op, device, dtype, _traced["backend"], _traced["plan"])
+    choice = _choose_here(op, device, dtype, _traced["backend"], _traced["plan"])
+    if choice.backend != "reference" and _transforming():
+        raise RuntimeError(
+            f"{op}: transforms of torch.func (vmap, grad, jvp, ...) cannot go through backend "
+            f"{choice.backend!r}; within them use fusedres.use_backend('reference'), or "
+            "fusedres.unfuse(model)"
+        )
+    return choice
+
+
+def _transforming() -> bool:
+    interpreter = torch._C._functorch.peek_interpreter_stack
+    return not torch.compiler.is_compiling() and interpreter() is not None
 
 
 @torch.compiler.assume_constant_result

@@ -116,6 +116,11 @@ class FusedByProgram(FusedModule):
     _programs: dict[Any, Program | str]  # by the state they were made for; or the reason for none
     _functions: dict[str, Callable[..., Any]]  # that they call
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the class's own; a slice of a fused nn.Sequential is made so."""
+        super().__init__(*args, **kwargs)
+        _make_ready(self, _Visit().chains_of(self))
+
     def forward(self, *args: Any, defer: bool = False, **kwargs: Any) -> Any:
         """As the class's own; one tensor alone runs through fused ops."""
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -207,7 +212,7 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
     return tuple(
         (
             type(m),
-            tuple(item for item in m.__dict__.items() if type(item[1]) in _SIMPLE),
+            tuple(i for i in m.__dict__.items() if type(i[1]) in _SIMPLE and i[0] != "_warned"),
             tuple((name, type(child)) for name, child in m._modules.items()),
         )
         for m in modules
@@ -245,6 +250,10 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 def _convert(module: nn.Module, chains: list[str]) -> FusedByProgram:
     module.__class__ = fused_class(type(module))  # type: ignore[arg-type]
     assert isinstance(module, FusedByProgram)
+    return _make_ready(module, chains)
+
+
+def _make_ready(module: FusedByProgram, chains: list[str]) -> FusedByProgram:
     module._chains, module._programs, module._functions = tuple(chains), {}, {}
     return module
 
@@ -270,21 +279,25 @@ class _Visit:
             _convert(model, list(self._chains_below(model)))
             _follow(model)
 
+    def chains_of(self, module: nn.Module) -> list[str]:
+        """What a module may look into."""
+        for child in module.children():
+            self._visit(child)
+        return list(self._chains_below(module))
+
     def _visit(self, module: nn.Module) -> str:
         if id(module) not in self._kinds:
             self._kinds[id(module)] = "other"
-            for child in module.children():
-                self._visit(child)
-            self._kinds[id(module)] = self._kind(module)
+            chains = self.chains_of(module)
+            self._kinds[id(module)] = self._kind(module, chains)
         return self._kinds[id(module)]
 
-    def _kind(self, module: nn.Module) -> str:
+    def _kind(self, module: nn.Module, chains: list[str]) -> str:
         if isinstance(module, FusedModule | Stage):
             module.__dict__.pop("fused", None)
             return "fused"
         if _has_no_forward(module) or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return "other"
-        chains = list(self._chains_below(module))
         program = _tried(module, chains)
         if isinstance(program, str):
             self._fuse_chains_of(module)

@@ -14,7 +14,7 @@ from fusedres import backends
 from fusedres._conv import Conv
 from fusedres.deferred import Deferred, Sampled
 from fusedres.ops import bn_relu_maxpool, conv_bn, conv_bn_relu_maxpool
-from fusedres.ops._contract import compute_dtype
+from fusedres.ops._contract import compute_dtype, recomputing
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALL_HOOKS = [(name, f"_global{name}") for name in _HOOKS]  # of one module, of all
@@ -222,7 +222,7 @@ def _options(
 
 
 def _counts(bn: nn.BatchNorm2d) -> bool:
-    return bn.training and bn.track_running_stats
+    return bn.training and bn.track_running_stats and not recomputing()
 
 
 def _count(bn: nn.BatchNorm2d) -> None:

@@ -32,6 +32,23 @@ class Untraceable(Exception):
     """Why a forward cannot be followed."""
 
 
+class _Value(fx.Proxy):
+    """A value on its way. torch.fx's own takes `a += b` for `a = a + b`, whoever else has a."""
+
+
+def _changing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def change(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return change
+
+
+_OPERATORS = set(dir(operator))
+_IN_PLACE = {n for n in _OPERATORS if n[:1] == "i" and {n[1:], f"{n[1:]}_"} & _OPERATORS}
+for _name in _IN_PLACE:
+    setattr(_Value, f"__{_name}__", _changing(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Follows a module's own forward and those of the modules it is told to look into."""
 
@@ -45,6 +62,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) not in self._inlined
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return super().call_module(m, m.forward, args, kwargs)  # no hook sees a Proxy
@@ -117,17 +137,15 @@ class _Reading:
     ) -> None:
         self._functions = functions
         self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._watched: list[str] = list(inlined)
+        self._drop_identities(graph)
         self._nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         (self._x,) = (n for n in graph.nodes if n.op == "placeholder")
         (output,) = (n for n in graph.nodes if n.op == "output")
         if not isinstance(output.args[0], fx.Node):
             raise Untraceable("it returns more than one tensor")
         self._output: fx.Node = output.args[0]
-        self._calls = Counter(
-            id(self._modules[str(n.target)]) for n in self._nodes if n.op == "call_module"
-        )
-        self._inlined = inlined
-        self._watched: list[str] = list(inlined)
+        self._calls = Counter(id(self._called(n)) for n in self._nodes if n.op == "call_module")
         self._left: list[tuple[str, str]] = []
         self._value: dict[fx.Node, int] = {self._x: 0}  # numbers of values
         self._absorbed: set[fx.Node] = set()  # nodes that are part of another's step
@@ -139,7 +157,7 @@ class _Reading:
         for node in self._nodes:
             if node in self._absorbed:
                 continue
-            if self._module(node, nn.Conv2d) is not None:
+            if node.op == "call_module" and isinstance(self._called(node), nn.Conv2d):
                 self._find_convolution(node, anchored)
         for node in self._nodes:
             if node not in self._absorbed and _is_add(node) and len(node.users) == 1:
@@ -150,9 +168,6 @@ class _Reading:
         for node in self._nodes:
             if node in anchored:
                 steps.append(anchored[node]())
-            elif self._module(node, nn.Identity) is not None and node not in self._absorbed:
-                self._watched.append(str(node.target))
-                self._value[node] = self._of(node.args[0])
             elif node not in self._absorbed:
                 steps.append(self._call(node))
         output = self._of(self._output)
@@ -160,14 +175,24 @@ class _Reading:
             tuple(_connected(steps, output)), output, tuple(self._watched), tuple(self._left)
         )
 
+    def _drop_identities(self, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node.op == "call_module" and self._module(node, nn.Identity) is not None:
+                self._watched.append(str(node.target))
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
     # --- what a node is
 
     def _module(self, node: fx.Node, kind: type[nn.Module]) -> nn.Module | None:
         """The module that a node calls with one value, where it is of that very type."""
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
-        module = self._modules[str(node.target)]
+        module = self._called(node)
         return module if type(module) is kind and isinstance(node.args[0], fx.Node) else None
+
+    def _called(self, node: fx.Node) -> nn.Module:
+        return self._modules[str(node.target)]
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_function":
@@ -183,17 +208,14 @@ class _Reading:
 
     def _find_convolution(self, node: fx.Node, anchored: dict[fx.Node, Callable[[], Step]]) -> None:
         """The step of a convolution, or the reason why it is called as it is."""
-        name = str(node.target)
-        conv = self._modules[name]
+        name, conv = str(node.target), self._called(node)
         norm = self._only_user(node)
-        bn = None if norm is None or norm.op != "call_module" else self._modules[str(norm.target)]
+        bn = None if norm is None or norm.op != "call_module" else self._called(norm)
         reason = kind_reason(conv, name, nn.Conv2d)
-        if norm is None or not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        if reason is None and not isinstance(bn, nn.modules.batchnorm._BatchNorm):
             reason = f"no BatchNorm follows {name}"
-        elif self._module(norm, type(bn)) is None or type(bn) not in _NORMS:
-            reason = f"{norm.target} is a {type(bn).__name__}"
-        elif self._calls[id(conv)] > 1 or self._calls[id(bn)] > 1:
-            reason = f"{name} or {norm.target} is called more than once"
+        if reason is None and norm is not None:
+            reason = self._pair_reason(node, norm)
         if reason is not None or norm is None:
             self._left.append((name, reason or ""))
             return
@@ -233,6 +255,17 @@ class _Reading:
             )
 
         anchored[node if residual is None else nodes[2]] = step
+
+    def _pair_reason(self, conv: fx.Node, norm: fx.Node) -> str | None:
+        """Why a convolution and the BatchNorm that follows are called as they are."""
+        bn = self._called(norm)
+        if type(bn) not in _NORMS:
+            return f"{norm.target} is a {type(bn).__name__}"
+        if any(self._module(n, type(self._called(n))) is None for n in (conv, norm)):
+            return f"{conv.target} or {norm.target} is called with more than its input"
+        if any(self._calls[id(self._called(n))] > 1 for n in (conv, norm)):
+            return f"{conv.target} or {norm.target} is called more than once"
+        return None
 
     def _pools(self, node: fx.Node) -> bool:
         pool = self._module(node, nn.MaxPool2d)
@@ -291,17 +324,13 @@ class _Reading:
     def _changes(self, node: fx.Node) -> bool:
         """Whether a node changes its first argument."""
         if node.op == "call_module":
-            return bool(getattr(self._modules[str(node.target)], "inplace", False))
+            return bool(getattr(self._called(node), "inplace", False))
         name = str(getattr(node.target, "__name__", node.target))
         in_place = name.endswith("_") and not name.endswith("__")
         if node.op == "call_function" and not in_place:
             in_place = getattr(operator, name, None) is node.target and name in _IN_PLACE
             in_place |= bool(node.kwargs.get("inplace")) or any(a is True for a in node.args[1:])
         return in_place
-
-
-_OPERATORS = set(dir(operator))
-_IN_PLACE = {n for n in _OPERATORS if n[:1] == "i" and {n[1:], f"{n[1:]}_"} & _OPERATORS}
 
 
 def _is_add(node: fx.Node) -> bool:

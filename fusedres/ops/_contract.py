@@ -8,6 +8,7 @@ shape, device, range) and names the op, the argument, what came and what is acce
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -202,6 +203,8 @@ def check_batch_norm(
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not 0 <= eps <= _LARGEST:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+    if training and recomputing():
+        mean = var = None
     return BatchNorm(
         check_vector(op, "bn_weight", weight, channels, x),
         check_vector(op, "bn_bias", bias, channels, x),
@@ -292,6 +295,33 @@ def check_join(
         residual = residual.to(compute_dtype(residual))
     check_residual(op, "residual", residual, x, shape, compute_dtype(x))
     return residual  # type: ignore[return-value]
+
+
+def recomputing() -> bool:
+    """Whether this forward runs within a backward: activation checkpointing computes again what it
+    did not keep, and the running statistics have moved already.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward of autograd that has none of its own, and says so.
+
+    torch's once_differentiable lets a gradient through as a constant where what it came from needs
+    none, as that of a plain sum.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fusedres: fused ops have no double backward (create_graph=True); for it run the "
+                "forward under fusedres.use_backend('reference'), or fusedres.unfuse(model)"
+            )
+        with torch.no_grad():
+            return backward(ctx, *grads)
+
+    return checked
 
 
 def exporting() -> bool:

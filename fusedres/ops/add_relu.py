@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import backends
 from fusedres._tensors import memory_format_of
@@ -50,7 +49,7 @@ class AddReluFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         out = as_stored(out, out)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import backends
 from fusedres._norm import parameter_gradients
@@ -239,7 +238,7 @@ class BatchNormFunction(torch.autograd.Function):
         return y.view_as(y), mean.new_empty(2, mean.size(0)), mean, scale, shift
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(
         ctx: Any, g: Tensor | None, sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
@@ -288,7 +287,7 @@ class BatchNormActFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, rstd, scale, bias, out = contract.stored_alike(*ctx.saved_tensors)
         grad = contract.dense(grad, memory_format_of(y))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import backends
 from fusedres._tensors import memory_format_of
@@ -107,7 +106,7 @@ class BnActFunction(torch.autograd.Function):
         return a
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, a, res_y, res_mean = ctx.saved_tensors
         y, mean, a, res_y, res_mean = contract.stored_alike(y, mean, a, res_y, res_mean)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import backends
 from fusedres._tensors import memory_format_of
@@ -116,7 +115,7 @@ class BnReluMaxpoolFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, scale, bias = contract.stored_alike(*ctx.saved_tensors)
         grad = contract.dense(grad, memory_format_of(y))

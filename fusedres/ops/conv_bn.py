@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import backends
 from fusedres._conv import Conv, output_shape
@@ -144,7 +143,7 @@ class ConvBNFunction(torch.autograd.Function):
         return y, sums, mean, scale, bias, emitted, unmasked, sampled
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(
         ctx: Any,
         g: Tensor | None,

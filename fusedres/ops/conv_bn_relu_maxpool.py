@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import backends
 from fusedres._checks import check_packed, check_reach
@@ -233,7 +232,7 @@ class ConvBNReluMaxpoolFunction(torch.autograd.Function):
         return p
 
     @staticmethod
-    @once_differentiable
+    @contract.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # the weight as the parameter is stored, whose strides its gradient takes
         *saved, weight, packed = ctx.saved_tensors

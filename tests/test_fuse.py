@@ -1,0 +1,578 @@
+"""fuse and unfuse on models of plain torch.nn: numbers, identity of tensors, what is fused and why
+not, hooks, copies, changes made later. The models of other packages: test_peers.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import operator
+import pickle
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_resnet import PlainBottleneck
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fusedres
+from fusedres import fuse, report, unfuse, use_backend
+from fusedres.nn.fuse import FusedByProgram
+from fusedres.nn.program import ConvBN
+from fusedres.testing import serving_backends
+
+BACKENDS = serving_backends()
+
+
+def conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, padding=k // 2, bias=False, **options)
+
+
+class Small(nn.Module):
+    """A ResNet in little: stem, two stages of bottlenecks, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 8, 7, stride=2), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        variant = (False, 1e-5, 0.1)
+        self.layer1 = nn.Sequential(
+            PlainBottleneck(8, 4, 1, *variant), PlainBottleneck(16, 4, 1, *variant)
+        )
+        self.layer2 = nn.Sequential(
+            PlainBottleneck(16, 8, 2, *variant), PlainBottleneck(32, 8, 1, *variant)
+        )
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        h = self.layer2(self.layer1(h))
+        return self.fc(torch.flatten(self.pool(h), 1))
+
+
+class Layer(nn.Module):
+    """Convolution, normalization, activation, by names of its own."""
+
+    def __init__(self, i: int, o: int, k: int = 3, relu: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.convolution = conv(i, o, k, **options)
+        self.normalization = nn.BatchNorm2d(o)
+        self.activation = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.normalization(self.convolution(hidden)))
+
+
+class Nested(nn.Module):
+    """A block whose convolutions lie deeper, and whose shortcut comes first in the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(Layer(8, 4, 1), Layer(4, 4, stride=2), Layer(4, 8, 1, False))
+        self.shortcut = Layer(8, 8, 1, False, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(torch.add(self.shortcut(x), self.layer(x)))
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation: it belongs to no BatchNorm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Gated(nn.Module):
+    """A block with a gate between its last BatchNorm and the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(8, 8), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = conv(8, 8), nn.BatchNorm2d(8)
+        self.gate, self.act = Gate(8), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.gate(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        h += x
+        return self.act(h)
+
+
+class Odd(nn.Module):
+    """Sums that broadcast, values read twice, functions with lists and keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(8, 8, 1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = conv(8, 8), nn.BatchNorm2d(8)
+        self.offset = nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x))
+        wide = torch.cat([h, F.relu(h)], dim=1)[:, 4:12]
+        h = F.relu(self.bn2(self.conv2(wide)) + self.offset)
+        pooled = h + F.adaptive_avg_pool2d(h, output_size=1)
+        return F.relu(pooled + x.mean(dim=1, keepdim=True)) + h.size(1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many layers are fused
+    "resnet": (Small, 15),
+    "chain": (
+        lambda: nn.Sequential(
+            conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+            conv(8, 4, groups=2), nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU(True), nn.Identity(),
+            nn.Sequential(conv(4, 8, 1, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+        ),
+        3,
+    ),
+    "nested": (lambda: nn.Sequential(Nested(), nn.Sequential(Nested(), Nested())), 12),
+    "gated": (lambda: nn.Sequential(Gated(), Gated()), 4),
+    "odd": (Odd, 2),
+}  # fmt: skip
+
+
+def made(name: str) -> nn.Module:
+    model = MODELS[name][0]().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def image(name: str, batch: int = 3) -> Tensor:
+    channels = 3 if name == "resnet" else 8
+    return torch.randn(batch, channels, 21, 18, dtype=torch.float64)
+
+
+def two_steps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers of two steps."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    found: dict[str, Tensor] = {}
+    for step in range(2):
+        optimizer.zero_grad()
+        leaf = (x + step).requires_grad_()
+        out = model(leaf)
+        out.square().mean().backward()
+        grads = {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters()}
+        found |= {
+            f"{step}: {n}": t for n, t in {"out": out.detach(), "x": leaf.grad, **grads}.items()
+        }
+        optimizer.step()
+    return found | {n: b.clone() for n, b in model.named_buffers()}
+
+
+def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], tol: float = 1e-9) -> None:
+    assert ours.keys() == truth.keys()
+    for name, true in truth.items():
+        limit = tol * max(1.0, float(true.detach().abs().max()))
+        torch.testing.assert_close(ours[name], true, rtol=0, atol=limit, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_are_those_of_the_model(name: str, backend: str) -> None:
+    plain, x = made(name), image(name)
+    fused = fuse(copy.deepcopy(plain))
+    rows = report(fused)
+    assert sum(r.runs == "fused" for r in rows) == MODELS[name][1]
+    truth = two_steps(plain, x)
+    with use_backend(backend):
+        assert_close(two_steps(fused, x), truth)
+        plain.eval(), fused.eval()
+        assert_close({"out": fused(x)}, {"out": plain(x)})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unfuse_gives_back_the_same_bits(name: str) -> None:
+    plain, x = made(name), image(name)
+    back = unfuse(fuse(copy.deepcopy(plain)))
+    assert [type(m) for m in back.modules()] == [type(m) for m in plain.modules()]
+    for ours, theirs in zip(back.modules(), plain.modules(), strict=True):
+        assert vars(ours).keys() == vars(theirs).keys()
+    found, truth = two_steps(back, x), two_steps(plain, x)
+    assert all(torch.equal(found[k], truth[k]) for k in truth)
+
+
+def test_unfuse_calls_our_own_blocks_plainly() -> None:
+    model = fusedres.resnet18(4).double()
+    plain = unfuse(model)
+    assert {row.runs for row in report(plain)} == {"plain"}
+    assert {row.runs for row in report(model)} == {"fused"}
+    assert {row.runs for row in report(fuse(plain))} == {"fused"}
+
+
+def test_fuse_and_unfuse_change_one_instance_and_no_key() -> None:
+    model = Small()
+    other = Small()
+    classes = [type(m) for m in model.modules()]
+    fused = fuse(model)
+    assert fused is not model and [type(m) for m in model.modules()] == classes
+    for (name, p), (n, q) in zip(
+        fused.state_dict(keep_vars=True).items(), model.state_dict(keep_vars=True).items(),
+        strict=True,
+    ):  # fmt: skip
+        assert name == n and p is q
+    assert all(a is not b for a, b in zip(fused.modules(), model.modules(), strict=True))
+    for ours, theirs in zip(fused.modules(), model.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+    assert not any(isinstance(m, FusedByProgram) for m in (*model.modules(), *other.modules()))
+    assert fuse(other, inplace=True) is other and isinstance(other, FusedByProgram)
+    assert unfuse(other, inplace=True) is other and type(other) is Small
+
+
+def test_an_optimizer_made_before_keeps_working() -> None:
+    model = Small().double()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-3) for m in (model, twin)]
+    fused, x = fuse(model), image("resnet")
+    for m, optimizer in ((fused, optimizers[0]), (twin, optimizers[1])):
+        for _ in range(2):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-7)
+    assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), 1e-7)
+
+
+def test_copies_pickles_and_safetensors(tmp_path: Any) -> None:
+    fused, x = fuse(Small().double()), image("resnet")
+    fused(x)
+    stream = io.BytesIO()
+    torch.save(fused, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
+    copies.append(torch.load(stream, weights_only=False))
+    truth = two_steps(copy.deepcopy(fused), x)
+    for other in copies:
+        assert isinstance(other, Small) and isinstance(other.layer1[0], FusedByProgram)
+        assert all(p is not q for p, q in zip(other.parameters(), fused.parameters(), strict=True))
+        found = two_steps(other, x)
+        assert all(torch.equal(found[k], truth[k]) for k in truth)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_model(fused, tmp_path / "model.safetensors")
+    new = Small().double()
+    safetensors.load_model(new, tmp_path / "model.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(new.parameters(), fused.parameters(), strict=True))
+
+
+def deferred_between(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each bottleneck was handed a Deferred."""
+    seen = []
+    forward = FusedByProgram.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, PlainBottleneck):
+            seen.append(isinstance(args[0], fusedres.Deferred))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusedByProgram, "forward", watched)
+    model(x)
+    return seen
+
+
+def test_activations_stay_deferred_between_blocks_and_stages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with use_backend("reference"):
+        seen = deferred_between(fuse(Small().double()), image("resnet"), monkeypatch)
+    assert seen == [False, True, True, True]
+
+
+def test_a_projection_joins_without_a_tensor_of_its_own() -> None:
+    program: Any = fuse(Nested()).program()  # type: ignore[operator]
+    convolutions = [step for step in program.steps if isinstance(step, ConvBN)]
+    assert len(program.steps) == len(convolutions) == 4
+    (join,) = (step for step in convolutions if step.residual is not None)
+    assert join.relu and join.residual in join.frees
+
+
+# --- hooks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("where", ["layer1.1.bn2", "layer2.0.downsample", "layer1", "bn1", "relu"])
+def test_hooks_see_tensors_and_change_nothing(hook: str, where: str) -> None:
+    plain = Small().double()
+    for module in plain.modules():  # torch's own full hooks mind what changes in place
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    fused, x, seen = fuse(copy.deepcopy(plain)), image("resnet"), []
+
+    def note(module: nn.Module, *values: Any) -> None:
+        for group in values:
+            seen.extend(group if isinstance(group, tuple) else (group,))
+
+    getattr(fused.get_submodule(where), f"register_{hook}_hook")(note)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = two_steps(fused, x)
+    assert_close(found, two_steps(plain, x))
+    assert seen and all(isinstance(v, Tensor) for v in seen if v is not None)
+    mine = [w for w in caught if "has a hook" in str(w.message)]
+    reasons = {row.name: row.reason for row in report(fused)}
+    if where == "layer1":  # a stage: it gives and takes Tensors, and stays fused
+        assert not mine
+    else:
+        owner, _, child = where.rpartition(".")
+        child = child if "downsample" not in where else "downsample"
+        assert len(mine) == 1 and f"{child} has a hook" in str(mine[0].message)
+        name = f"{owner}.conv1 + bn1".lstrip(".")
+        assert f"{child} has a hook" in reasons[name]
+        others = [n for n, why in reasons.items() if not n.startswith(owner or "conv1")]
+        assert not any("hook" in reasons[n] for n in others)
+
+
+def test_a_hook_that_is_there_when_it_is_fused() -> None:
+    model, seen = Small().double(), []
+    handle = model.layer1[0].conv2.register_forward_hook(lambda m, i, o: seen.append(o))
+    fused = fuse(model)
+    assert not seen
+    with pytest.warns(UserWarning, match="conv2 has a hook"):
+        fused(image("resnet"))
+    assert len(seen) == 1
+    handle.remove()
+
+
+# --- what cannot be followed or fused -------------------------------------------------------------
+
+
+class Body(nn.Module):
+    """A convolution and its BatchNorm within a forward of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(8, 8), nn.BatchNorm2d(8)
+        self.constant = torch.ones(8, 1, 1, dtype=torch.float64)
+        self.count = 0
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class ByShape(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if x.shape[0] > 2 else self.body(x) + 1
+
+
+class WithoutGradient(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.body(x)
+        return h + self.bn(x)
+
+
+class UnderAutocast(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.body(x)
+
+
+class Checkpointed(Body):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class AtRandom(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if random.random() < 2 else x
+
+
+class AtTorchsRandom(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if torch.rand(()).item() < 2 else x
+
+
+class WithAConstant(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.constant
+
+
+class Counting(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.body(x)
+
+
+class ChangingInPlace(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.conv(x))
+        return operator.iadd(h, 1) + h
+
+
+class TwoResults(Body):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x), x
+
+
+class WithAKeyword(Body):
+    def forward(self, x: Tensor, *, scale: float = 1.0, extra: Tensor | None = None) -> Tensor:
+        h = self.body(x) * scale
+        return h if extra is None else h + extra
+
+
+REFUSED = {
+    ByShape: "its forward cannot be followed: symbolically traced variables",
+    WithoutGradient: "parts of it run under autocast, no_grad or checkpointing",
+    UnderAutocast: "parts of it run under autocast, no_grad or checkpointing",
+    Checkpointed: "parts of it run under autocast, no_grad or checkpointing",
+    Reentrant: "parts of it run under autocast, no_grad or checkpointing",
+    AtRandom: "its forward draws random numbers itself",
+    AtTorchsRandom: "its forward draws random numbers itself",
+    WithAConstant: "it uses a tensor that is no parameter or buffer",
+    Counting: "its forward changes attributes",
+    ChangingInPlace: "changes in place what others read",
+    TwoResults: "it returns more than one tensor",
+}
+
+
+@pytest.mark.parametrize("cls", REFUSED)
+def test_what_cannot_be_followed_stays_as_it_is(cls: type[Body]) -> None:
+    model = cls().double()
+    state = random.getstate(), torch.get_rng_state()
+    with pytest.warns(UserWarning, match=f"nothing in this {cls.__name__} can be fused"):
+        fused = fuse(model)
+    assert state[0] == random.getstate() and torch.equal(state[1], torch.get_rng_state())
+    assert type(fused) is cls
+    (row,) = report(fused)
+    assert row.runs == "plain" and REFUSED[cls] in row.reason and cls.__name__ in row.reason
+
+
+def test_a_part_that_can_be_followed_is_fused_within_one_that_cannot() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Layer(8, 8), nn.Sequential(Layer(8, 8), Layer(8, 8))])
+
+        def forward(self, x: Tensor, twice: bool = False) -> dict[str, Tensor]:
+            assert x.shape[1] == 8
+            for part in self.parts:
+                x = part(x)
+            return {"out": x}
+
+    plain = Whole().double()
+    fused, x = fuse(copy.deepcopy(plain)), image("chain")
+    assert type(fused) is Whole and [r.runs for r in report(fused)] == ["fused"] * 3
+    assert_close({"out": fused(x)["out"]}, {"out": plain(x)["out"]})
+
+
+def test_calls_with_other_arguments_run_the_class_own_forward() -> None:
+    plain, x = WithAKeyword().double(), image("chain")
+    fused = fuse(copy.deepcopy(plain))
+    assert isinstance(fused, FusedByProgram)
+    for options in ({}, {"scale": 2.0}, {"extra": x}):
+        assert_close({"out": fused(x, **options)}, {"out": plain(x, **options)})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m, "1", nn.GroupNorm(2, 8)), "no BatchNorm follows 0"),
+        (lambda m: setattr(m, "0", conv(8, 8).requires_grad_(True)), None),
+        (lambda m: setattr(m, "0", nn.Conv2d(8, 8, 3, padding=1)), "0 has a bias"),
+        (lambda m: setattr(m, "0", nn.LazyConv2d(8, 3)), "0 is a LazyConv2d, a subclass"),
+    ],
+)
+def test_reasons(change: Callable[[Any], None], reason: str | None) -> None:
+    model = nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())
+    change(model)
+    if reason is None:
+        assert report(fuse(model))[0].runs == "fused"
+        return
+    with pytest.warns(UserWarning, match="can be fused"):
+        fused = fuse(model)
+    assert all(row.runs == "plain" and reason in row.reason for row in report(fused))
+
+
+def test_a_layer_that_runs_twice_stays_as_it_is() -> None:
+    class Twice(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.body(x))
+
+    with pytest.warns(UserWarning, match="is called more than once"):
+        fuse(Twice())
+
+
+def test_report_of_a_model_that_was_not_fused_says_how() -> None:
+    rows = report(Small())
+    assert len(rows) == 15 and all(r.reason == "fusedres.fuse(model) would fuse it" for r in rows)
+
+
+# --- changes after fusing -------------------------------------------------------------------------
+
+
+def test_changes_made_later_count() -> None:
+    plain, x = Small().double(), image("resnet")
+    fused = fuse(copy.deepcopy(plain))
+    fused(x)
+
+    def change(model: Any) -> None:
+        model.layer1[0].downsample = nn.Sequential(
+            nn.AvgPool2d(1), model.layer1[0].downsample[0], model.layer1[0].downsample[1]
+        )
+        model.layer1[1].relu = nn.SiLU()
+        model.layer2[0].bn3 = nn.GroupNorm(2, 32).double()
+        model.layer2[1] = nn.Identity()
+        model.fc = nn.Identity()
+        model.pool = nn.MaxPool2d(2)
+
+    change(plain), change(fused)
+    for name, buffer in plain.named_buffers():
+        buffer.copy_(fused.get_buffer(name))
+    assert_close(two_steps(fused, x), two_steps(plain, x))
+
+
+def test_a_switch_that_the_forward_reads_counts() -> None:
+    class Switched(Body):
+        doubled = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.doubled = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x)
+            h = F.dropout(h, 0.5, self.training)
+            return 2 * h if self.doubled else h
+
+    plain, x = Switched().double(), image("chain")
+    fused: Any = fuse(copy.deepcopy(plain))
+    for doubled in (False, True):
+        for training in (True, False):
+            for model in (plain, fused):
+                model.doubled = doubled
+                model.train(training)
+                torch.manual_seed(3)
+                model.result = model(x)
+            torch.testing.assert_close(fused.result, plain.result, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sequential_can_be_sliced_and_extended() -> None:
+    model = nn.Sequential(Layer(8, 8), Layer(8, 8), Layer(8, 8)).double()
+    fused, x = fuse(copy.deepcopy(model)), image("chain")
+    assert_close({"out": fused[:2](x)}, {"out": model[:2](x)})  # type: ignore[index]
+    fused.append(nn.ReLU6()), model.append(nn.ReLU6())  # type: ignore[operator]
+    assert_close({"out": fused(x)}, {"out": model(x)})
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    for function in (fuse, unfuse):
+        name = function.__name__
+        with pytest.raises(TypeError, match=rf"{name}: model must be an nn\.Module, got list"):
+            function([])  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"{name}: inplace must be a bool, got 1"):
+            function(Small(), inplace=1)  # type: ignore[arg-type]
