@@ -211,9 +211,10 @@ class _Reading:
         name, conv = str(node.target), self._called(node)
         norm = self._only_user(node)
         bn = None if norm is None or norm.op != "call_module" else self._called(norm)
-        reason = kind_reason(conv, name, nn.Conv2d)
-        if reason is None and not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        reason = None
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
             reason = f"no BatchNorm follows {name}"
+        reason = reason or kind_reason(conv, name, nn.Conv2d)
         if reason is None and norm is not None:
             reason = self._pair_reason(node, norm)
         if reason is not None or norm is None:
