@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-TORCHVISION = "resnet18 resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2".split()
-TIMM = "resnet26 resnet50 resnet50d seresnet50".split()
+TORCHVISION = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+]
+TIMM = ["resnet26", "resnet50", "resnet50d", "seresnet50"]
 HUGGING_FACE = "hugging face resnet50"
 MODELS = [*TORCHVISION, *(f"timm {name}" for name in TIMM), HUGGING_FACE]
 
-_OPERATORS = "roi_align roi_pool ps_roi_align ps_roi_pool deform_conv2d".split()
+_OPERATORS = ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"]
 _library: list[torch.library.Library] = []
 
 

@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +59,13 @@ class FusedModule(nn.Module, ABC):
 
     Attributes:
         fused: set to False to run this module's own children plainly; blocks within have their own.
+        memory: "exact", or "recompute": the output of the last convolution of each branch of a
+            block is not kept for backward, but computed again there.
         op: which op of fusedres runs its convolutions.
     """
 
     fused: bool = True
+    memory: str = "exact"
     op: str = "conv_bn"
     _warned: bool = False
 
@@ -122,11 +125,11 @@ class _Block(FusedModule):
         if self.runs_plainly():
             return self._forward_plain(as_tensor(x))
         out = self._forward_fused(x)
-        return out if defer else in_format_of(out.value(), x)
+        return out if defer else in_format_of(as_tensor(out), x)
 
     @abstractmethod
-    def _forward_fused(self, x: Tensor | Deferred) -> Deferred:
-        """The children's fused ops; what it returns is still deferred."""
+    def _forward_fused(self, x: Tensor | Deferred) -> Tensor | Deferred:
+        """The children's fused ops; what it returns is still deferred, or not kept."""
 
     @abstractmethod
     def _forward_plain(self, x: Tensor) -> Tensor:
@@ -212,22 +215,25 @@ class _ResidualBlock(_Block):
         """Padding of conv<i> where the module cannot say it: (top, bottom, left, right)."""
         return None
 
-    def _forward_fused(self, x: Tensor | Deferred) -> Deferred:
+    def _forward_fused(self, x: Tensor | Deferred) -> Tensor | Deferred:
         if isinstance(x, Deferred) and not is_pointwise(self.conv1):
             x = x.value()
         emit: Any = (self.downsample and sampling(x, self.downsample[0])) or True  # type: ignore[arg-type]
         h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=emit)
         shortcut: Any = a
+        recompute = self.memory == "recompute"
         if self.downsample is not None:
-            conv, bn = self.downsample
-            shortcut = apply_conv_bn(a, conv, bn, relu=False)  # type: ignore[call-overload]
+            conv, bn = cast(tuple[nn.Conv2d, nn.BatchNorm2d], tuple(self.downsample))
+            shortcut = apply_conv_bn(a, conv, bn, relu=False, recompute=recompute)
         for i in range(2, self.depth + 1):
+            last = i == self.depth
             h = apply_conv_bn(
                 h,
                 getattr(self, f"conv{i}"),
                 getattr(self, f"bn{i}"),
                 padding=self.conv_padding(i),
-                residual=shortcut if i == self.depth else None,
+                residual=shortcut if last else None,
+                recompute=recompute and last,
             )
         return h
 

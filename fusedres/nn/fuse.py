@@ -28,7 +28,7 @@ from fusedres.nn.program import Add, Program, at
 from fusedres.nn.tracing import Untraceable, trace
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> nn.Module:
     """The model with its convolutions, BatchNorms, ReLUs and residual adds fused where they can be.
 
     Any module tree will do: ResNets of torchvision, timm and Hugging Face, an nn.Sequential, blocks
@@ -40,6 +40,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model: not a fused one: fused modules in it are switched on again where `unfuse` or
             `fused = False` had switched them off.
         inplace: change this model instead of making another.
+        memory: "exact", or "recompute": the output of the last convolution of each branch of a
+            residual block is not kept for backward, but computed again there, to the same bits.
 
     Returns:
         A model of the same state_dict: new module objects, the same Parameter and buffer objects,
@@ -48,13 +50,19 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: model is no nn.Module.
+        ValueError: another word for memory.
 
     Warns:
         UserWarning: nothing in it can be fused; or, once for a block, a hook on a module inside it
             sends it down the plain path.
     """
+    if memory not in MEMORY:
+        raise ValueError(f"fuse: memory must be 'exact' or 'recompute', got {memory!r}")
     model = _checked("fuse", model, inplace)
     _Visit().root(model)
+    for module in model.modules():
+        if isinstance(module, FusedModule) and module.memory != memory:
+            module.memory = memory
     if not any(isinstance(m, FusedModule) for m in model.modules()):
         reasons = {why for _, _, why in unfused(model)}
         because = sorted(reasons)[0] if reasons else "it has no convolution"
@@ -62,6 +70,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             f"fuse: nothing in this {type(model).__name__} can be fused: {because}", stacklevel=2
         )
     return model
+
+
+MEMORY = ("exact", "recompute")
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -259,7 +270,7 @@ def _make_ready(module: FusedByProgram, chains: list[str]) -> FusedByProgram:
 
 
 def _restore(module: FusedByProgram) -> None:
-    for name in ("_chains", "_programs", "_functions", "_warned", "fused"):
+    for name in ("_chains", "_programs", "_functions", "_warned", "fused", "memory"):
         module.__dict__.pop(name, None)
     module.__class__ = own_class(module)  # type: ignore[assignment]
 

@@ -158,6 +158,19 @@ def apply_conv_bn(
 ) -> tuple[Deferred, Sampled]: ...
 
 
+@overload
+def apply_conv_bn(
+    input: Tensor | Deferred | Sampled,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    *,
+    relu: bool = ...,
+    residual: Tensor | Deferred | None = ...,
+    padding: tuple[int, int, int, int] | None = ...,
+    recompute: bool,
+) -> Deferred | Tensor: ...
+
+
 def apply_conv_bn(
     input: Tensor | Deferred | Sampled,
     conv: nn.Conv2d,
@@ -167,9 +180,11 @@ def apply_conv_bn(
     residual: Tensor | Deferred | None = None,
     padding: tuple[int, int, int, int] | None = None,
     emit: bool | tuple[int, int] = False,
-) -> Deferred | tuple[Deferred, Tensor | Sampled]:
+    recompute: bool = False,
+) -> Deferred | Tensor | tuple[Deferred, Tensor | Sampled]:
     """conv_bn with the parameters, statistics and mode of two modules, as if called."""
     options = _options(conv, bn, padding) | {"residual": residual, "relu": relu, "emit": emit}
+    options["recompute"] = recompute
     result: Any = conv_bn(input, conv.weight, **options)
     _count(bn)
     return result

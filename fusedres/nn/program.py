@@ -42,6 +42,7 @@ class ConvBN(NamedTuple):
     pool: str | None  # a max pool behind the ReLU
     shared: bool  # others read the input later
     reader: str | None  # the convolution that alone does so
+    ends: bool  # a branch of a residual block: the output need not be kept, where memory is short
 
     def run(self, owner: nn.Module, values: Values, _: bool) -> Any:
         """A Deferred, or a Tensor behind a max pool; leaves the input for its other readers."""
@@ -57,8 +58,9 @@ class ConvBN(NamedTuple):
         if self.residual == self.input:
             source = residual
         if residual is not None and not _joins(residual, source, conv):
-            h = self._apply(owner, values, source, conv, bn, None, False).value()
-            h = h + (residual.value() if isinstance(residual, Deferred) else residual)
+            h = self._apply(owner, values, source, conv, bn, None, False)
+            parts = (t.value() if isinstance(t, Deferred) else t for t in (h, residual))
+            h = next(parts) + next(parts)
             return F.relu(h) if self.relu else h
         return self._apply(owner, values, source, conv, bn, residual, self.relu)
 
@@ -78,9 +80,12 @@ class ConvBN(NamedTuple):
         bn: Any,
         residual: Any,
         relu: bool,
-    ) -> Deferred:
+    ) -> Any:
         if not self.shared:
-            return apply_conv_bn(source, conv, bn, relu=relu, residual=residual)
+            recompute = self.ends and owner.memory == "recompute"
+            return apply_conv_bn(
+                source, conv, bn, relu=relu, residual=residual, recompute=recompute
+            )
         if isinstance(source, Deferred) and not is_pointwise(conv):
             source = source.value()
         steps = None if self.reader is None else sampling(source, at(owner, self.reader))

@@ -253,6 +253,7 @@ class _Reading:
                 None if pool is None else str(pool.target),
                 False,
                 None,
+                False,
             )
 
         anchored[node if residual is None else nodes[2]] = step
@@ -378,11 +379,19 @@ def _connected(steps: list[Step], output: int) -> Iterable[Step]:
         if isinstance(step, ConvBN):
             later = [j for j in readers[step.input] if j > i]
             step = step._replace(
-                shared=bool(later), reader=_only_convolution(steps, later, step.input)
+                shared=bool(later),
+                reader=_only_convolution(steps, later, step.input),
+                ends=step.residual is not None or _joins(steps, readers.get(step.out, [])),
             )
         elif isinstance(step, Call) and step.kind == "module" and step.is_plain():
             step = step._replace(hands_over=_hand_over(steps, readers.get(step.out, []), step.out))
         yield step
+
+
+def _joins(steps: list[Step], readers: list[int]) -> bool:
+    """Whether a value is read by a residual add and nothing else."""
+    reader = steps[readers[0]] if len(readers) == 1 and readers[0] < len(steps) else None
+    return isinstance(reader, Add) or (isinstance(reader, ConvBN) and reader.residual is not None)
 
 
 def _only_convolution(steps: list[Step], later: list[int], value: int) -> str | None:

@@ -121,6 +121,41 @@ class BnActFunction(torch.autograd.Function):
         return g, sums, None, None, None, g_residual, res_sums, None, None, None, None, None
 
 
+class ValueFunction(torch.autograd.Function):
+    """y, mean, scale, bias, residual [N, C, H, W] or None, relu, backend -> the value, for a y that
+    is not kept: saves the output alone, and leaves the sums of g to the node that made y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        backend: str,
+    ) -> Tensor:
+        a = torch.ops.fusedres.bn_act_fwd(
+            y, mean, scale, bias, residual, None, None, None, relu, backend
+        )
+        ctx.save_for_backward(a if relu else None)
+        ctx.backend, ctx.has_residual = backend, residual is not None
+        return a
+
+    @staticmethod
+    @contract.differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a,) = ctx.saved_tensors
+        g = grad
+        if a is not None:
+            a = contract.dense(a, memory_format_of(a))
+            grad = contract.dense(grad, memory_format_of(a))
+            g = torch.ops.fusedres.add_relu_bwd(grad, a, ctx.backend)
+        return g, None, None, None, g if ctx.has_residual else None, None, None
+
+
 # --- the public function --------------------------------------------------------------------------
 
 

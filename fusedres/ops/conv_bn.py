@@ -4,6 +4,7 @@ behind it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -25,7 +26,7 @@ from fusedres.ops.batch_norm import (
     present,
     upstream,
 )
-from fusedres.ops.bn_act import flatten, reference_value, settle
+from fusedres.ops.bn_act import ValueFunction, flatten, reference_value, settle
 from fusedres.reference.conv_bn import conv_bn as reference_conv_bn
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -45,6 +46,7 @@ class _Config(NamedTuple):
     backend: str
     plan: str
     packed: PackedWeights | None
+    recompute: bool  # y again in backward, which then takes the sums itself
 
 
 class ConvBNFunction(torch.autograd.Function):
@@ -125,7 +127,7 @@ class ConvBNFunction(torch.autograd.Function):
             weight,
             saved_a,
             bits if bits.numel() > 0 else None,
-            y,
+            None if config.recompute else y,
             mean,
             scale,
             bias,
@@ -163,6 +165,9 @@ class ConvBNFunction(torch.autograd.Function):
         )
         config: _Config = ctx.config
         x, x_mean, _, _, _, res_mean, _, _ = source
+        if config.recompute:
+            y = _recomputed(source, weight, packed, mean, rstd, config)
+            g, sums = _with_sums(g, y, mean, config.backend)
         own = (y, mean, scale, bias)
         g, sums, y_bias = _gradient(g, unmasked, sums, own, config.backend)
         grad_a = _of_emitted(grad_a, sampled, x, memory_format_of(y), config)
@@ -213,6 +218,34 @@ class ConvBNFunction(torch.autograd.Function):
             *gradients,
             *(None, None, None),
         )
+
+
+def _recomputed(
+    source: Sequence[Tensor | None],
+    weight: Tensor,
+    packed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    config: _Config,
+) -> Tensor:
+    """y as forward had it, by the same kernel, which takes no statistics now."""
+    norm = (None, None, mean, rstd, False, 0.0, None, config.eps)
+    conv = (weight, packed, *config.conv, False)
+    plan = without(without(config.plan, "compact"), "unmasked")
+    return torch.ops.fusedres.conv_bn_fwd(*source, config.relu, *conv, *norm, config.backend, plan)[
+        0
+    ]
+
+
+def _with_sums(
+    g: Tensor | None, y: Tensor, mean: Tensor, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """A gradient that came alone, and its sums."""
+    if g is None:
+        return None, None
+    g = contract.dense(g, memory_format_of(y))
+    _, sums, _ = torch.ops.fusedres.bn_act_bwd(g, None, y, mean, None, None, backend)
+    return g, sums
 
 
 def _carrier(like: Tensor) -> Tensor:
@@ -330,7 +363,30 @@ def conv_bn(
     residual: Tensor | Deferred | None = ...,
     relu: bool = ...,
     emit: Literal[False] = ...,
+    recompute: Literal[False] = ...,
 ) -> Deferred: ...
+
+
+@overload
+def conv_bn(
+    input: Tensor | Deferred | Sampled,
+    weight: Tensor,
+    bn_weight: Tensor | None = ...,
+    bn_bias: Tensor | None = ...,
+    running_mean: Tensor | None = ...,
+    running_var: Tensor | None = ...,
+    *,
+    stride: int | tuple[int, int] = ...,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = ...,
+    dilation: int | tuple[int, int] = ...,
+    groups: int = ...,
+    training: bool = ...,
+    momentum: float | Tensor = ...,
+    eps: float = ...,
+    residual: Tensor | Deferred | None = ...,
+    relu: bool = ...,
+    recompute: Literal[True],
+) -> Tensor: ...
 
 
 @overload
@@ -395,7 +451,8 @@ def conv_bn(
     residual: Tensor | Deferred | None = None,
     relu: bool = True,
     emit: bool | tuple[int, int] = False,
-) -> Deferred | tuple[Deferred, Tensor | Sampled]:
+    recompute: bool = False,
+) -> Deferred | Tensor | tuple[Deferred, Tensor | Sampled]:
     """Convolution of an activation and the BatchNorm of its output, deferred.
 
     The input's own normalisation, residual add and ReLU run on the way in, the statistics of the
@@ -422,11 +479,14 @@ def conv_bn(
             (1 or 2 each) of the one 1x1 convolution that reads it, instead of True: returns a
             Sampled, which that convolution takes as its input, so that no gradient is made for the
             pixels between.
+        recompute: return the value as a Tensor, and keep y for it neither here nor in what reads
+            it: backward runs the convolution again, to the same bits (backend "reference", under
+            ordinary autograd, keeps what it keeps).
 
     Returns:
-        Deferred over y [N, K, OH, OW]; with `emit` the pair (Deferred, input's value [N, C, H, W],
-        or a Sampled that holds it).
-        Both in the input's memory format (channels_last on a GPU).
+        Deferred over y [N, K, OH, OW]; with `recompute` its value; with `emit` the pair (Deferred,
+        input's value [N, C, H, W], or a Sampled that holds it). All in the input's memory format
+        (channels_last on a GPU).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a
@@ -471,6 +531,10 @@ def conv_bn(
             f"{list(weight.shape[2:])}, stride {list(conv.stride)}, padding {list(conv.padding)}; "
             "pass input.value() instead"
         )
+    if contract.check_bool(op, "recompute", recompute) and emit:
+        raise ValueError(f"{op}: recompute gives a Tensor and nothing beside it, not with emit")
+    if recompute and isinstance(residual, Deferred):
+        residual = residual.value()
     shape = output_shape(x.shape, weight.shape, conv)
     contract.check_count(op, shape, training)
     residual = contract.check_join(op, residual, x, shape)
@@ -508,16 +572,24 @@ def conv_bn(
             tensors = flatten(input) if isinstance(input, Deferred) else (input, *(None,) * 9)
             # Dynamo makes zeros of the gradients that do not come: masks and sums of nothing
             carriers_pay = backend in _MASKING and not torch.compiler.is_compiling()
-            maskable = relu and residual is None and carriers_pay
+            maskable = relu and residual is None and carriers_pay and not recompute
+            plan = without(plan, "keep") if recompute else plan
             config = _Config(
                 isinstance(input, Deferred) and input.relu, emit, sampled, maskable, conv,
                 bn.training, bn.momentum, bn.eps, backend, plan, packed_weights(),
+                recompute,
             )  # fmt: skip
             y, sums, mean, scale, bias, emitted, unmasked, carrier = ConvBNFunction.apply(
                 *tensors, *carriers, weight, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                 config,
             )  # fmt: skip
+            if recompute:
+                if isinstance(residual, Tensor):
+                    residual = contract.dense(residual, memory_format_of(y))
+                return ValueFunction.apply(y, mean, scale, bias, residual, relu, backend)
     result = Deferred(y, mean, scale, bias, residual, relu, sums, unmasked)
+    if recompute:
+        return reference_value(result)
     if sampled is not None:
         return result, Sampled(emitted, carrier, sampled)
     return (result, emitted) if emit else result
