@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedres import backends
 from fusedres._conv import Conv
 from fusedres.nn.blocks import FusedModule, Stage
-from fusedres.nn.layers import is_untouched, padding_of
+from fusedres.nn.layers import is_untouched, padding_of, sync_group
 from fusedres.ops._contract import compute_dtype
 from fusedres.ops.conv_bn_relu_maxpool import stem_way
 
@@ -79,16 +79,17 @@ def report(model: nn.Module) -> Report:
         if not isinstance(module, FusedModule):
             continue
         reason = module.plain_reason()
-        for conv_name, conv, bn_name, _ in module.units():
+        for conv_name, conv, bn_name, bn in module.units():
             name = f"{path}.{conv_name}".lstrip(".") + f" + {bn_name}"
             weight = getattr(conv, "weight", None)
             if reason is not None or weight is None:
                 rows.append(Row(name, "plain", "torch", "-", reason or ""))
                 continue
             dtype = compute_dtype(weight)
-            choice = backends.choose(module.op, weight.device.type, dtype)
+            op = module.op if sync_group(bn) is None else "conv_bn"  # which a stem then runs too
+            choice = backends.choose(op, weight.device.type, dtype)
             assert isinstance(conv, nn.Conv2d)  # else there is a reason
-            backend, plan = _way(module.op, choice, conv, weight, dtype)
+            backend, plan = _way(op, choice, conv, weight, dtype)
             runs = "plain" if backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))
             rows.append(Row(name, runs, backend, plan, why))
