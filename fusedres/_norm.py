@@ -36,9 +36,14 @@ def update_running(
     """Moves the running statistics towards a batch's mean and unbiased variance, on the device."""
     if count == 0:
         return
-    for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        amount = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        running.lerp_(new.to(running.dtype), amount)
+    move(running_mean, mean, momentum)
+    move(running_var, var * (count / (count - 1)), momentum)
+
+
+def move(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
+    """running += momentum * (new - running), without leaving the device."""
+    amount = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+    running.lerp_(new.detach().to(running.dtype), amount)
 
 
 def parameter_gradients(

@@ -13,7 +13,8 @@ from torch.nn.modules import module as torch_module
 from fusedres import backends
 from fusedres._conv import Conv
 from fusedres.deferred import Deferred, Sampled
-from fusedres.ops import bn_relu_maxpool, conv_bn, conv_bn_relu_maxpool
+from fusedres.ops import _contract as contract
+from fusedres.ops import _sync, bn_relu_maxpool, conv_bn, conv_bn_relu_maxpool
 from fusedres.ops._contract import compute_dtype, recomputing
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,6 +45,13 @@ def by_hook(reason: str) -> bool:
 _TOUCHED = "has a hook or a forward of its own"
 
 
+def sync_group(bn: nn.Module) -> Any:
+    """The process group over which a BatchNorm takes its statistics now; None for its own batch."""
+    if type(bn) is nn.SyncBatchNorm and bn.training:
+        return _sync.active(bn.process_group)
+    return None
+
+
 def plain_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
     """Why the child `name` must be called as a module, so that its block cannot fuse, or None."""
     reason = kind_reason(module, name, expected)
@@ -52,6 +60,11 @@ def plain_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str
 
 def kind_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
     """The same, whoever looks on."""
+    if type(module) is nn.SyncBatchNorm and expected is nn.BatchNorm2d:
+        recorded = torch.compiler.is_compiling() or contract.exporting()
+        if recorded and sync_group(module) is not None:
+            return f"{name} synchronises its statistics, which no graph of ours can record"
+        expected = nn.SyncBatchNorm
     if not isinstance(module, expected):
         return f"{name} is a {type(module).__name__}"
     if type(module) is not expected:
@@ -233,6 +246,7 @@ def _options(
         "training": bn.training or bn.running_mean is None,
         "momentum": momentum,
         "eps": bn.eps,
+        "sync": sync_group(bn),
     }
 
 

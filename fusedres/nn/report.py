@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedres import backends
 from fusedres.nn.blocks import FusedModule, Stage
 from fusedres.nn.fuse import FusedByProgram, unfused
-from fusedres.nn.layers import geometry, is_untouched
+from fusedres.nn.layers import geometry, is_untouched, sync_group
 from fusedres.ops._contract import compute_dtype
 from fusedres.ops.conv_bn_relu_maxpool import stem_way
 
@@ -77,14 +77,15 @@ def report(model: nn.Module) -> Report:
         if not isinstance(module, FusedModule):
             continue
         reason = module.plain_reason()
-        for conv_name, conv, bn_name, _ in module.units():
+        for conv_name, conv, bn_name, bn in module.units():
             name = f"{path}.{conv_name}".lstrip(".") + f" + {bn_name}"
             weight = getattr(conv, "weight", None)
             if reason is not None or weight is None:
                 rows.append(Row(name, "plain", "torch", "-", reason or ""))
                 continue
             dtype = compute_dtype(weight)
-            op = module.op_of(conv_name)
+            # over several processes a stem runs as conv_bn too
+            op = module.op_of(conv_name) if sync_group(bn) is None else "conv_bn"
             choice = backends.choose(op, weight.device.type, dtype)
             assert isinstance(conv, nn.Conv2d)  # else there is a reason
             backend, plan = _way(op, choice, conv, weight, dtype)

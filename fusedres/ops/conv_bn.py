@@ -5,20 +5,20 @@ behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fusedres import backends
 from fusedres._conv import Conv, output_shape
-from fusedres._norm import parameter_gradients
+from fusedres._norm import normalizers, parameter_gradients
 from fusedres._plans import base_of, has, without
-from fusedres._tensors import memory_format_of
+from fusedres._tensors import elements_per_channel, memory_format_of
 from fusedres.deferred import Deferred, Sampled
 from fusedres.library import conv_bn as split
 from fusedres.ops import _contract as contract
-from fusedres.ops import _conv_bn_ops  # noqa: F401  the registered ops
+from fusedres.ops import _conv_bn_ops, _sync  # noqa: F401  the registered ops
 from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
     dtype_of,
@@ -27,7 +27,11 @@ from fusedres.ops.batch_norm import (
     upstream,
 )
 from fusedres.ops.bn_act import ValueFunction, flatten, reference_value, settle
+from fusedres.reference.batch_norm import affine_map
 from fusedres.reference.conv_bn import conv_bn as reference_conv_bn
+
+if TYPE_CHECKING:  # not there in every build of torch
+    from torch.distributed import ProcessGroup
 
 # --- autograd -------------------------------------------------------------------------------------
 
@@ -47,6 +51,7 @@ class _Config(NamedTuple):
     plan: str
     packed: PackedWeights | None
     recompute: bool  # y again in backward, which then takes the sums itself
+    sync: ProcessGroup | None
 
 
 class ConvBNFunction(torch.autograd.Function):
@@ -56,8 +61,13 @@ class ConvBNFunction(torch.autograd.Function):
 
     Saved: the input and its vectors; the activation if and only if it was emitted (the residual is
     then not saved) or the plan keeps it, its bits if the plan has them; a Deferred residual's y and
-    mean; own y, mean, scale, bias, rstd; the weight as the parameter holds it, and its cast only
-    where the casts of a whole model share one buffer.
+    mean; own y, mean, scale, bias, rstd, and where statistics are of several processes their share
+    of this one; the weight as the parameter holds it, and its cast only where the casts of a whole
+    model share one buffer.
+
+    Kernels know their own batch alone. Where statistics are of several processes, the running ones
+    are moved here, and backward's kernel, which divides by its own count, gets the sums over all
+    processes times the share of this one.
     """
 
     @staticmethod
@@ -86,7 +96,8 @@ class ConvBNFunction(torch.autograd.Function):
         deferred = x_mean is not None
         source = (x, x_mean, x_scale, x_bias, residual, res_mean, res_scale, res_bias)
         packed = None if config.packed is None else config.packed.get(weight, x.dtype)
-        y, mean, _, rstd, scale, bias, a, bits = torch.ops.fusedres.conv_bn_fwd(
+        running = (None, None) if config.sync is not None else (running_mean, running_var)
+        y, mean, var, rstd, scale, bias, a, bits = torch.ops.fusedres.conv_bn_fwd(
             *source,
             config.relu,
             weight,
@@ -95,14 +106,22 @@ class ConvBNFunction(torch.autograd.Function):
             config.emit and deferred,
             bn_weight,
             bn_bias,
-            running_mean,
-            running_var,
+            *running,
             config.training,
             *momentum_arguments(config.momentum),
             config.eps,
             config.backend,
             config.plan,
         )
+        share = None
+        if config.sync is not None:
+            count = elements_per_channel(y)
+            if count == 0:  # no kernel ran
+                mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+            shared = _sync.share(mean, var, count, config.sync)
+            mean, share = shared.mean, shared.share
+            rstd, scale, bias = normalizers(mean, shared.var, bn_weight, bn_bias, config.eps)
+            _sync.update_running(running_mean, running_var, config.momentum, shared)
         emitted = sampled = unmasked = None
         if config.emit:
             # of a plain Tensor an alias: its second reader's gradient joins in our dgrad
@@ -132,6 +151,7 @@ class ConvBNFunction(torch.autograd.Function):
             scale,
             bias,
             rstd,
+            share,
             packed,
         )
         constant = [mean, scale, bias]
@@ -160,7 +180,7 @@ class ConvBNFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         # as the parameter is stored, whose strides its gradient takes, and the cast beside it
         weight, packed = saved[8], saved[-1]
-        *source, a, bits, y, mean, scale, bias, rstd = contract.stored_alike(
+        *source, a, bits, y, mean, scale, bias, rstd, share = contract.stored_alike(
             *saved[:8], *saved[9:-1]
         )
         config: _Config = ctx.config
@@ -174,6 +194,9 @@ class ConvBNFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_input, need_weight = any(needs[i] for i in (0, 5, 10, 11)), needs[12]
         g_in = in_sums = res_sums = dw = None
+        own_sums, types = sums, ctx.parameters
+        if config.sync is not None:  # whatever is needed here: other processes wait for us
+            sums, types = _sync.add_up(sums, config.sync) * share, (None, None)
         if need_input or need_weight:
             g_in, in_sums, res_sums, dw, *gradients = torch.ops.fusedres.conv_bn_bwd(
                 *source,
@@ -194,13 +217,13 @@ class ConvBNFunction(torch.autograd.Function):
                 config.training,
                 need_input,
                 need_weight,
-                *ctx.parameters,
+                *types,
                 config.backend,
                 config.plan,
             )
-            gradients = present(gradients, *ctx.parameters)
-        else:
-            gradients = list(parameter_gradients(sums, rstd, *ctx.parameters))
+            gradients = present(gradients, *types)
+        if config.sync is not None or not (need_input or need_weight):
+            gradients = list(parameter_gradients(own_sums, rstd, *ctx.parameters))
         if not need_input or x_mean is None:
             in_sums = None
         if not need_input or res_mean is None:
@@ -362,6 +385,7 @@ def conv_bn(
     eps: float = ...,
     residual: Tensor | Deferred | None = ...,
     relu: bool = ...,
+    sync: ProcessGroup | None = ...,
     emit: Literal[False] = ...,
     recompute: Literal[False] = ...,
 ) -> Deferred: ...
@@ -385,6 +409,7 @@ def conv_bn(
     eps: float = ...,
     residual: Tensor | Deferred | None = ...,
     relu: bool = ...,
+    sync: ProcessGroup | None = ...,
     recompute: Literal[True],
 ) -> Tensor: ...
 
@@ -407,6 +432,7 @@ def conv_bn(
     eps: float = ...,
     residual: Tensor | Deferred | None = ...,
     relu: bool = ...,
+    sync: ProcessGroup | None = ...,
     emit: Literal[True],
 ) -> tuple[Deferred, Tensor]: ...
 
@@ -429,6 +455,7 @@ def conv_bn(
     eps: float = ...,
     residual: Tensor | Deferred | None = ...,
     relu: bool = ...,
+    sync: ProcessGroup | None = ...,
     emit: tuple[int, int],
 ) -> tuple[Deferred, Sampled]: ...
 
@@ -452,6 +479,7 @@ def conv_bn(
     relu: bool = True,
     emit: bool | tuple[int, int] = False,
     recompute: bool = False,
+    sync: ProcessGroup | None = None,
 ) -> Deferred | Tensor | tuple[Deferred, Tensor | Sampled]:
     """Convolution of an activation and the BatchNorm of its output, deferred.
 
@@ -482,6 +510,10 @@ def conv_bn(
         recompute: return the value as a Tensor, and keep y for it neither here nor in what reads
             it: backward runs the convolution again, to the same bits (backend "reference", under
             ordinary autograd, keeps what it keeps).
+        sync: a torch.distributed.ProcessGroup over whose batches the statistics are taken in
+            training, as nn.SyncBatchNorm has it; batches may differ in size or be empty. All its
+            processes call, and run backward through the result, in the same order. The gradients
+            of bn_weight and bn_bias are of this process's batch. None: of this batch alone.
 
     Returns:
         Deferred over y [N, K, OH, OW]; with `recompute` its value; with `emit` the pair (Deferred,
@@ -490,8 +522,9 @@ def conv_bn(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a
-            kernel larger than the padded input; one value per channel in training.
-        RuntimeError: the backend or plan asked for by name cannot serve these tensors.
+            kernel larger than the padded input; one value per channel in training without `sync`.
+        RuntimeError: the backend or plan asked for by name cannot serve these tensors; a graph is
+            recorded with `sync`; torch.distributed's own.
     """
     op, source = "conv_bn", input if isinstance(input, Sampled) else None
     if isinstance(input, Sampled):
@@ -516,6 +549,7 @@ def conv_bn(
         momentum,
         eps,
     )
+    sync = _sync.check_sync(op, sync, bn.training)
     contract.check_bool(op, "relu", relu)
     pointwise = (
         tuple(weight.shape[2:]) == (1, 1) and conv.stride == (1, 1) and not any(conv.padding)
@@ -536,7 +570,7 @@ def conv_bn(
     if recompute and isinstance(residual, Deferred):
         residual = residual.value()
     shape = output_shape(x.shape, weight.shape, conv)
-    contract.check_count(op, shape, training)
+    contract.check_count(op, shape, training and sync is None)
     residual = contract.check_join(op, residual, x, shape)
     joined = {"input": input, "residual": residual}
     contract.check_savable(op, weight=weight, bn_weight=bn.weight, bn_bias=bn.bias, **joined)
@@ -563,9 +597,15 @@ def conv_bn(
                 input, weight, *conv, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                 bn.training, bn.eps,
             )  # fmt: skip
+            if sync is None:
+                contract.update_running(bn, mean, var, y)
+            else:
+                shared = _sync.share(mean, var, elements_per_channel(y), sync)
+                mean = shared.mean
+                scale, bias = affine_map(mean, shared.var, bn.weight, bn.bias, bn.eps)
+                _sync.update_running(bn.running_mean, bn.running_var, bn.momentum, shared)
             sums, emitted, unmasked = None, input, None
             carrier = input if sampled is None else input[:, :, :: sampled[0], :: sampled[1]]
-            contract.update_running(bn, mean, var, y)
         else:
             backend, plan = backends.way_of(choice, dtype, weight, conv, shape, memory_format_of(x))
             carriers, plan = _carriers(input, source, emit, backend, plan)
@@ -576,8 +616,7 @@ def conv_bn(
             plan = without(plan, "keep") if recompute else plan
             config = _Config(
                 isinstance(input, Deferred) and input.relu, emit, sampled, maskable, conv,
-                bn.training, bn.momentum, bn.eps, backend, plan, packed_weights(),
-                recompute,
+                bn.training, bn.momentum, bn.eps, backend, plan, packed_weights(), recompute, sync,
             )  # fmt: skip
             y, sums, mean, scale, bias, emitted, unmasked, carrier = ConvBNFunction.apply(
                 *tensors, *carriers, weight, bn.weight, bn.bias, bn.running_mean, bn.running_var,

@@ -4,7 +4,7 @@ pooled map goes straight into BatchNorm's backward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fusedres._plans import DATAFLOWS, base_of
 from fusedres._tensors import memory_format_of
 from fusedres.library import conv_bn_relu_maxpool as split
 from fusedres.ops import _contract as contract
+from fusedres.ops import _sync
 from fusedres.ops._contract import library, register_fake
 from fusedres.ops._packed import PackedWeights, packed_weights
 from fusedres.ops.batch_norm import (
@@ -25,9 +26,12 @@ from fusedres.ops.batch_norm import (
     present,
     statistics_fake,
 )
-from fusedres.ops.bn_relu_maxpool import check_window, pooled
-from fusedres.ops.conv_bn import check_conv
+from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool, check_window, pooled
+from fusedres.ops.conv_bn import check_conv, conv_bn
 from fusedres.reference.conv_bn_relu_maxpool import conv_bn_relu_maxpool as reference
+
+if TYPE_CHECKING:  # not there in every build of torch
+    from torch.distributed import ProcessGroup
 
 OP = "conv_bn_relu_maxpool"
 
@@ -305,6 +309,7 @@ def conv_bn_relu_maxpool(
     kernel_size: int = 3,
     pool_stride: int = 2,
     pool_padding: int = 1,
+    sync: ProcessGroup | None = None,
 ) -> Tensor:
     """max_pool2d(relu(batch_norm(conv2d(x, weight)))), as the stem of a ResNet has it.
 
@@ -325,14 +330,17 @@ def conv_bn_relu_maxpool(
         kernel_size: side of the pool's window, 1 to 15.
         pool_stride: step of the window, at least 1.
         pool_padding: on every side, at most half of kernel_size; never wins.
+        sync: as conv_bn takes it; over several processes this runs as conv_bn and bn_relu_maxpool.
 
     Returns:
         [N, K, PH, PW] in the compute dtype, in x's memory format (channels_last on a GPU).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named; a
-            kernel or window larger than what it slides over; one value per channel in training.
-        RuntimeError: the backend asked for by name cannot serve these tensors.
+            kernel or window larger than what it slides over; one value per channel in training
+            without `sync`.
+        RuntimeError: the backend asked for by name cannot serve these tensors; with `sync` also as
+            conv_bn.
     """
     x = contract.check_tensor(OP, "x", x)
     weight, conv = check_conv(OP, x, weight, stride, padding, dilation, groups)
@@ -341,13 +349,18 @@ def conv_bn_relu_maxpool(
         eps,
     )  # fmt: skip
     shape = output_shape(x.shape, weight.shape, conv)
-    contract.check_count(OP, shape, training)
+    sync = _sync.check_sync(OP, sync, bn.training)
+    contract.check_count(OP, shape, training and sync is None)
     check_window(OP, shape, kernel_size, pool_stride, pool_padding, "pool_")
     contract.check_savable(OP, x=x, weight=weight, bn_weight=bn.weight, bn_bias=bn.bias)
     window = (kernel_size, pool_stride, pool_padding)
     dtype = contract.compute_dtype(x)
     if weight.dtype != dtype and not contract.autocast_on(x):
         raise TypeError(f"{OP}: weight must be {dtype} as x, got {weight.dtype}; or use autocast")
+    if sync is not None:
+        options = conv._asdict() | {"momentum": bn.momentum, "eps": bn.eps, "sync": sync}
+        normalised: Any = conv_bn(x, weight, *bn[:4], **options)
+        return bn_relu_maxpool(normalised, *window)
     choice = backends.choose(OP, x.device.type, dtype)
     own = contract.dense(x.to(dtype), memory_format_of(x))
     with contract.without_autocast(x):

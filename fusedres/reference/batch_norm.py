@@ -20,8 +20,8 @@ def batch_norm(
     """mean, biased var, scale = weight / sqrt(var + eps), bias: each [C], fp32 (fp64 for fp64)."""
     dtype = stat_dtype(y.dtype)
     if training and elements_per_channel(y) == 0:  # torch leaves an empty batch without statistics
-        mean = torch.zeros(y.size(1), dtype=dtype, device=y.device)
-        var = torch.zeros_like(mean)
+        mean = y.to(dtype).sum(CHANNEL_DIMS)  # zeros that lead back to y, as those of a batch do
+        var = mean.square()
     elif training:
         wide = y.to(dtype)
         mean = wide.mean(CHANNEL_DIMS)
@@ -30,8 +30,19 @@ def batch_norm(
         assert running_mean is not None and running_var is not None  # the contract's check
         mean = running_mean.to(dtype, copy=True)
         var = running_var.to(dtype, copy=True)
+    return mean, var, *affine_map(mean, var, bn_weight, bn_bias, eps)
+
+
+def affine_map(
+    mean: Tensor,  # [C]
+    var: Tensor,  # [C], biased
+    bn_weight: Tensor | None,  # [C]
+    bn_bias: Tensor | None,  # [C]
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """scale = weight / sqrt(var + eps) and bias, in mean's dtype; None: ones and zeros."""
     scale = torch.rsqrt(var + eps)
     if bn_weight is not None:
-        scale = scale * bn_weight.to(dtype)
-    bias = torch.zeros_like(mean) if bn_bias is None else bn_bias.to(dtype)
-    return mean, var, scale, bias
+        scale = scale * bn_weight.to(mean.dtype)
+    bias = torch.zeros_like(mean) if bn_bias is None else bn_bias.to(mean.dtype)
+    return scale, bias
