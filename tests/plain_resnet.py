@@ -16,13 +16,16 @@ class PlainBottleneck(nn.Module):
         stride_in_1x1: bool,
         eps: float,
         momentum: float,
+        groups: int = 1,
+        width_per_group: int = 64,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
-        out = 4 * width
+        out, width = 4 * width, int(width * width_per_group / 64) * groups
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps, momentum)
-        self.conv2 = nn.Conv2d(width, width, 3, second, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, second, dilation, dilation, groups, False)
         self.bn2 = nn.BatchNorm2d(width, eps, momentum)
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out, eps, momentum)
@@ -51,19 +54,24 @@ class PlainResNet50(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         pool_padding: int = 1,
+        groups: int = 1,
+        width_per_group: int = 64,
+        dilate: tuple[bool, bool, bool] = (False, False, False),
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64, eps, momentum)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, pool_padding)
-        channels = 64
+        channels, dilation = 64, 1
         for i, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
             stage = []
             for b in range(blocks):
-                stride = 2 if i > 0 and b == 0 else 1
-                stage.append(PlainBottleneck(channels, width, stride, stride_in_1x1, eps, momentum))
-                channels = 4 * width
+                dilates = i > 0 and b == 0 and dilate[i - 1]
+                stride = 2 if i > 0 and b == 0 and not dilates else 1
+                common = (stride_in_1x1, eps, momentum, groups, width_per_group, dilation)
+                stage.append(PlainBottleneck(channels, width, stride, *common))
+                channels, dilation = 4 * width, 2 * dilation if dilates else dilation
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)

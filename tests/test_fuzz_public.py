@@ -260,6 +260,7 @@ def block(s: Setting) -> Arguments:
         ("filters", "filters", (4, 4, 8)),
     ]
     given += [("kernel_size", "count", 3), ("eps", "number", 0.125), ("momentum", "number", 0.25)]
+    given += [("groups", "count", 1), ("dilation", "count", 1)]
     return [*given, ("initializer", "initializer", "kaiming_normal")]
 
 
@@ -278,6 +279,7 @@ def resnet(s: Setting) -> Built:
     given += [("zero_init_residual", "bool", False), ("in_channels", "count", 3)]
     given += [("memory", "variant", "exact"), ("eps", "number", 0.1), ("momentum", "number", 0.1)]
     given += [("stem_pool_padding", "count", 1), ("stride_in_1x1", "bool", True)]
+    given += [("groups", "count", 1), ("width_per_group", "count", 64)]
 
     def call(**arguments: Any) -> list[Tensor]:
         with torch.device("meta"):

@@ -23,7 +23,8 @@ def layer_names(model: nn.Module, naming: str) -> dict[str, str]:
                 bn2a_branch1 (1 is the shortcut), ..., fc6 for six classes; ResNet-50 only.
 
     Returns:
-        {path within the model: Keras's name}, in the order of the network; 107 for ResNet-50.
+        {path within the model: Keras's name}, in the order of the network; 107 for ResNet-50, 106
+        without its classifier.
 
     Raises:
         ValueError: an unknown naming, or a model that it has no names for.
@@ -40,6 +41,8 @@ def layer_names(model: nn.Module, naming: str) -> dict[str, str]:
     if naming == "coursera" and [len(stage) for stage in stages] != [3, 4, 6, 3]:
         raise ValueError("layer_names: the assignment names the layers of a ResNet-50 only")
     names = _keras(stages) if naming == "keras" else _coursera(stages)
+    if isinstance(model.get_submodule("fc"), nn.Identity):
+        return dict(names)
     return dict(names) | {"fc": "predictions" if naming == "keras" else f"fc{_classes(model)}"}
 
 

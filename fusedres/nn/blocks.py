@@ -30,6 +30,7 @@ from fusedres.nn.layers import (
     plain_reason,
     same_padding,
     sampling,
+    taps_of,
 )
 from fusedres.ops import _contract as contract
 from fusedres.ops._contract import autocast_on, compute_dtype, exporting
@@ -268,27 +269,37 @@ class _Bottleneck(_ResidualBlock):
         eps: float,
         momentum: float | None,
         initializer: Initializer,
+        groups: int,
+        dilation: int,
     ) -> None:
         super().__init__()
         name = type(self).__name__
         _check_positive(name, "in_channels", in_channels)
         _check_positive(name, "kernel_size", kernel_size)
         _check_positive(name, "stride", stride)
+        _check_positive(name, "groups", groups)
+        _check_positive(name, "dilation", dilation)
         contract.check_bool(name, "stride_in_1x1", stride_in_1x1)
         if not isinstance(filters, tuple | list) or len(filters) != 3:
             raise ValueError(f"{name}: filters must be (F1, F2, F3), got {filters!r}")
         for f in filters:
             _check_positive(name, "filters", f)
         f1, f2, f3 = filters
+        if f1 % groups or f2 % groups:
+            raise ValueError(
+                f"{name}: groups must divide filters F1 {f1} and F2 {f2}, got {groups}"
+            )
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
-        even = kernel_size % 2 == 0
+        both = dilation * (kernel_size - 1)  # the padding of two sides
         # nn.Conv2d pads both sides alike, or "same" at stride 1; what it cannot say the block pads
         # itself
-        padding: int | str = kernel_size // 2 if not even else ("same" if second == 1 else 0)
-        self._pads_conv2 = even and second != 1
+        padding: int | str = both // 2 if both % 2 == 0 else ("same" if second == 1 else 0)
+        self._pads_conv2 = both % 2 == 1 and second != 1
         self.conv1 = nn.Conv2d(in_channels, f1, 1, first, bias=False)
         self.bn1 = nn.BatchNorm2d(f1, eps, momentum)
-        self.conv2 = nn.Conv2d(f1, f2, kernel_size, second, padding, bias=False)
+        self.conv2 = nn.Conv2d(
+            f1, f2, kernel_size, second, padding, dilation, groups=groups, bias=False
+        )
         self.bn2 = nn.BatchNorm2d(f2, eps, momentum)
         self.conv3 = nn.Conv2d(f2, f3, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(f3, eps, momentum)
@@ -297,7 +308,7 @@ class _Bottleneck(_ResidualBlock):
 
     def conv_padding(self, i: int) -> tuple[int, int, int, int] | None:
         own = i == 2 and self._pads_conv2 and self.conv2.padding == (0, 0)
-        return same_padding(self.conv2.kernel_size) if own else None
+        return same_padding(taps_of(self.conv2)) if own else None
 
 
 class IdentityBlock(_Bottleneck):
@@ -313,6 +324,8 @@ class IdentityBlock(_Bottleneck):
             bottom and the right only.
         eps, momentum: BatchNorm's, in torch's sense.
         initializer: see fusedres.nn.init.resolve.
+        groups, dilation: of the middle convolution, whose padding grows with its dilation; groups
+            divides F1 and F2.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong type, named.
@@ -329,10 +342,13 @@ class IdentityBlock(_Bottleneck):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         initializer: Initializer = "kaiming_normal",
+        groups: int = 1,
+        dilation: int = 1,
     ) -> None:
         super().__init__(
-            in_channels, filters, kernel_size, 1, False, False, eps, momentum, initializer
-        )
+            in_channels, filters, kernel_size, 1, False, False, eps, momentum, initializer, groups,
+            dilation,
+        )  # fmt: skip
         if filters[2] != in_channels:
             raise ValueError(
                 f"IdentityBlock: filters[2] must equal in_channels {in_channels}, got "
@@ -349,13 +365,15 @@ class ConvBlock(_Bottleneck):
     Args:
         in_channels: C of the input [N, C, H, W]; the output is [N, F3, OH, OW].
         filters: (F1, F2, F3), output channels of the three convolutions.
-        kernel_size: side of the middle convolution; k - 1 rows and columns of padding, the odd one
-            at the bottom and the right (Keras's 'same').
+        kernel_size: side of the middle convolution; k - 1 rows and columns of padding, dilation
+            times, the odd one at the bottom and the right (Keras's 'same').
         stride: of the block.
         stride_in_1x1: put it in conv1 (the original and Keras) rather than in conv2 (torchvision,
             v1.5).
         eps, momentum: BatchNorm's, in torch's sense.
         initializer: see fusedres.nn.init.resolve.
+        groups, dilation: of the middle convolution, whose padding grows with its dilation; groups
+            divides F1 and F2.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong type, named.
@@ -374,6 +392,8 @@ class ConvBlock(_Bottleneck):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         initializer: Initializer = "kaiming_normal",
+        groups: int = 1,
+        dilation: int = 1,
     ) -> None:
         super().__init__(
             in_channels,
@@ -385,6 +405,8 @@ class ConvBlock(_Bottleneck):
             eps,
             momentum,
             initializer,
+            groups,
+            dilation,
         )
 
 

@@ -121,13 +121,17 @@ def sampling(x: Tensor | Deferred, conv: nn.Conv2d) -> tuple[int, int] | None:
     return height, width
 
 
+def taps_of(conv: nn.Conv2d) -> tuple[int, ...]:
+    """Rows and columns that a window spans, the gaps of its dilation among them."""
+    return tuple(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+
+
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a convolution, also where it says "same" or "valid"."""
     if conv.padding == "valid":
         return 0, 0, 0, 0
     if isinstance(conv.padding, str):
-        taps = tuple(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        return same_padding(taps)
+        return same_padding(taps_of(conv))
     height, width = conv.padding
     return height, height, width, width
 
