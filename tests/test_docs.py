@@ -117,6 +117,28 @@ def test_files_of_results_say_where_they_come_from() -> None:
         assert row["commit"] and row["torch"] and row["time"], row
 
 
+def test_the_comparison_links_to_the_tests_that_show_it() -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[-1] != "fusedres"]
+    assert len(rows) > 40 and {len(row) for row in rows} == {9}
+    note = r"(\[\^\w+\])?"
+    missing = []
+    for what, *theirs, ours in rows:
+        for cell in theirs:
+            assert re.fullmatch(rf"(yes|no|partly|-|\?){note}", cell), (what, cell)
+        link = re.fullmatch(rf'\[(yes|no|partly)\]\(\.\./(tests/\w+\.py) "(\w+)"\){note}', ours)
+        if link is None:
+            assert re.fullmatch(rf"no{note}", ours), (what, ours)
+            continue
+        file, name = ROOT / link[2], link[3]
+        if not (file.exists() and f"def {name}(" in file.read_text()):
+            missing.append(f"{what}: {link[2]} {name}")
+    notes = re.findall(r"^\[\^(\w+)\]: ", page, re.MULTILINE)
+    assert sorted(notes) == sorted(set(re.findall(r"\[\^(\w+)\](?!:)", page)))
+    assert not missing, "\n".join(["no such test:", *missing])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
