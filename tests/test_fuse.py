@@ -570,6 +570,8 @@ def test_a_sequential_can_be_sliced_and_extended() -> None:
 
 
 def test_bad_input_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="fuse: memory must be 'exact' or 'recompute', got 'l"):
+        fuse(Small(), memory="less")
     for function in (fuse, unfuse):
         name = function.__name__
         with pytest.raises(TypeError, match=rf"{name}: model must be an nn\.Module, got list"):

@@ -16,6 +16,7 @@ from fusedres.models.stages import build_stages, maps_taken
 from fusedres.models.variants import VARIANTS, check_counts, check_flags, check_middle, details_of
 from fusedres.models.weights import WeightsLike, load_weights, read_weights
 from fusedres.nn.blocks import (
+    MEMORY,
     BasicBlock,
     ConvBlock,
     FusedModule,
@@ -23,9 +24,10 @@ from fusedres.nn.blocks import (
     as_tensor,
     call,
     packed,
+    set_memory,
     takes_deferred,
 )
-from fusedres.nn.init import resolve
+from fusedres.nn.init import Initializer, resolve
 from fusedres.nn.layers import apply_conv_bn, apply_stem, plain_reason
 
 __all__ = [
@@ -77,12 +79,17 @@ class ResNet(FusedModule):
         flags = {"zero_init_residual": zero_init_residual, "stride_in_1x1": details.stride_in_1x1}
         check_flags(owner, flags)
         dilate = check_middle(owner, basic, replace_stride_with_dilation, groups, width_per_group)
-        if memory != "exact":
-            raise ValueError(f"resnet{depth}: memory must be 'exact', got {memory!r}")
+        if memory not in MEMORY:
+            raise ValueError(
+                f"resnet{depth}: memory must be 'exact' or 'recompute', got {memory!r}"
+            )
         fill = resolve(details.initializer)
         given = None if weights is None else read_weights(owner, weights)
         self.variant = variant
-        self._initializer = details.initializer
+        # a function is not kept: models are pickled
+        self._initializer = (
+            details.initializer if isinstance(details.initializer, str) else "kaiming_normal"
+        )
         norm = {"eps": details.eps, "momentum": details.momentum}
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         fill(self.conv1.weight)
@@ -98,11 +105,12 @@ class ResNet(FusedModule):
             setattr(self, f"layer{i}", stage)
         self.num_features, self.num_classes = channels, num_classes
         self.avgpool: nn.Module = nn.AdaptiveAvgPool2d(1)
-        self.fc = self._classifier(num_classes)
+        self.fc = self._classifier(num_classes, details.initializer)
         if zero_init_residual:
             self._zero_init_residual()
         if given is not None:
             load_weights(owner, self, given)
+        set_memory(self, memory)
 
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         yield "conv1", self.conv1, "bn1", self.bn1
@@ -199,7 +207,8 @@ class ResNet(FusedModule):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new last layer in, initialised as the constructor does.
+        """Put a new last layer in, initialised as the constructor does (by nn.Linear's own where
+        that was given a function).
 
         It is on the device and in the dtype of the other parameters, and wants gradients. An
         optimizer knows the old layer's parameters only: make it afterwards.
@@ -222,7 +231,8 @@ class ResNet(FusedModule):
                 f"{owner}: num_classes must be 0 where nothing is pooled, got {num_classes}; or "
                 "give global_pool='avg'"
             )
-        self.fc = self._classifier(num_classes, next(self.parameters())).train(self.training)
+        fc = self._classifier(num_classes, self._initializer, next(self.parameters()))
+        self.fc = fc.train(self.training)
         self.num_classes = num_classes
         if global_pool is not None:
             self.avgpool = nn.Identity() if unpooled else nn.AdaptiveAvgPool2d(1)
@@ -230,14 +240,16 @@ class ResNet(FusedModule):
             self._unpooled = unpooled
 
     @torch.no_grad()
-    def _classifier(self, num_classes: int, like: Tensor | None = None) -> Any:
+    def _classifier(
+        self, num_classes: int, initializer: Initializer, like: Tensor | None = None
+    ) -> Any:
         """A new last layer, beside a parameter: nn.Linear, for no classes nn.Identity."""
         if num_classes == 0:
             return nn.Identity()
         place = {} if like is None else {"device": like.device, "dtype": like.dtype}
         fc = nn.Linear(self.num_features, num_classes, **place)  # type: ignore[arg-type]
-        if self._initializer != "kaiming_normal":  # torchvision leaves fc to nn.Linear
-            resolve(self._initializer)(fc.weight)
+        if initializer != "kaiming_normal":  # torchvision leaves fc to nn.Linear
+            resolve(initializer)(fc.weight)
             nn.init.zeros_(fc.bias)
         return fc
 
@@ -301,7 +313,9 @@ class FusedResNet50(ResNet):
             channels in layer1: 32 and 4 make a ResNeXt-50 32x4d, 1 and 128 a Wide ResNet-50-2.
         zero_init_residual: start the last BatchNorm of each block at zero weight.
         in_channels: channels of the images.
-        memory: "exact".
+        memory: "exact", or "recompute": the outputs of the last convolution and of the projection
+            of each block are not kept for backward, but computed again there. Gradients stay the
+            same (in half types up to the rounding of the projection before it is added).
         **overrides: any of stride_in_1x1, eps, momentum, stem_pool_padding, initializer, in place
             of the variant's; for initializer see fusedres.nn.init.resolve, a callable is kept for
             reset_classifier. The same torch.manual_seed gives the same bits.

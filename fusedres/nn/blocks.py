@@ -497,6 +497,16 @@ def packed(model: nn.Module, x: Tensor | Deferred) -> contextlib.AbstractContext
     return packing(weights, dtype, x.device)  # type: ignore[arg-type]
 
 
+MEMORY = ("exact", "recompute")
+
+
+def set_memory(model: nn.Module, memory: str) -> None:
+    """What the fused modules of a model keep for backward: one of MEMORY."""
+    for module in model.modules():
+        if isinstance(module, FusedModule) and module.memory != memory:
+            module.memory = memory
+
+
 def unfuse_in_place(model: nn.Module) -> nn.Module:
     """The same model, with the children of its fused modules called one by one from now on."""
     for module in model.modules():

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.deferred import Deferred
-from fusedres.nn.blocks import FusedModule, Stage, as_tensor, in_format_of, packed
+from fusedres.nn.blocks import (
+    MEMORY,
+    FusedModule,
+    Stage,
+    as_tensor,
+    in_format_of,
+    packed,
+    set_memory,
+)
 from fusedres.nn.layers import is_untouched, plain_reason, touched
 from fusedres.nn.program import Add, Program, at
 from fusedres.nn.tracing import Untraceable, trace
@@ -41,7 +49,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> n
             `fused = False` had switched them off.
         inplace: change this model instead of making another.
         memory: "exact", or "recompute": the output of the last convolution of each branch of a
-            residual block is not kept for backward, but computed again there, to the same bits.
+            residual block is not kept for backward, but computed again there. Gradients stay the
+            same (in half types up to the rounding of a projection before it is added).
 
     Returns:
         A model of the same state_dict: new module objects, the same Parameter and buffer objects,
@@ -60,9 +69,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> n
         raise ValueError(f"fuse: memory must be 'exact' or 'recompute', got {memory!r}")
     model = _checked("fuse", model, inplace)
     _Visit().root(model)
-    for module in model.modules():
-        if isinstance(module, FusedModule) and module.memory != memory:
-            module.memory = memory
+    set_memory(model, memory)
     if not any(isinstance(m, FusedModule) for m in model.modules()):
         reasons = {why for _, _, why in unfused(model)}
         because = sorted(reasons)[0] if reasons else "it has no convolution"
@@ -70,9 +77,6 @@ def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> n
             f"fuse: nothing in this {type(model).__name__} can be fused: {because}", stacklevel=2
         )
     return model
-
-
-MEMORY = ("exact", "recompute")
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
