@@ -79,7 +79,7 @@ def test_a_projection_in_bf16_is_as_far_off_as_plain_pytorchs(backend: str) -> N
         x = torch.randn(4, 32, 17, 17).bfloat16()
         for name, model in (("ours", block), ("peer", plain), ("truth", wide)):
             model.zero_grad()
-            leaf = x.to(next(model.parameters()).dtype).requires_grad_()
+            leaf = x.detach().clone().to(next(model.parameters()).dtype).requires_grad_()
             with use_backend(backend):
                 out = model(leaf)
             upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
