@@ -5,6 +5,7 @@ not, hooks, copies, changes made later. The models of other packages: test_peers
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import operator
 import pickle
@@ -476,6 +477,12 @@ def test_calls_with_other_arguments_run_the_class_own_forward() -> None:
     assert isinstance(fused, FusedByProgram)
     for options in ({}, {"scale": 2.0}, {"extra": x}):
         assert_close({"out": fused(x, **options)}, {"out": plain(x, **options)})
+
+
+def test_signatures_are_those_of_the_classes() -> None:
+    fused = fuse(WithAKeyword())
+    assert isinstance(fused, FusedByProgram)
+    assert inspect.signature(fused.forward) == inspect.signature(WithAKeyword().forward)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ module that calls it, where that one can be followed.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -242,10 +242,21 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-@cache
+@functools.cache
 def fused_class(cls: type[nn.Module]) -> type[FusedByProgram]:
-    """The class of fused modules of that class."""
-    names = {"__module__": cls.__module__, "__qualname__": f"Fused{cls.__qualname__}"}
+    """The class of fused modules of that class; its forward has the same signature, for those who
+    look at it.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(self: FusedByProgram, *args: Any, **kwargs: Any) -> Any:
+        return FusedByProgram.forward(self, *args, **kwargs)
+
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": f"Fused{cls.__qualname__}",
+        "forward": forward,
+    }
     made: Any = ABCMeta(f"Fused{cls.__name__}", (FusedByProgram, cls), names)
     return made
 
