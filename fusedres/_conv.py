@@ -65,6 +65,12 @@ class Conv(NamedTuple):
         dilation = [1 if k == 1 else d for d, k in zip(self.dilation, weight[2:], strict=True)]
         return self._replace(stride=(stride[0], stride[1]), dilation=(dilation[0], dilation[1]))
 
+    def gives_a_column(self, x: torch.Size, weight: torch.Size) -> bool:
+        """Whether the output is one pixel wide, and the horizontal stride therefore means nothing:
+        oneDNN in bf16 gives garbage there unless it is 1.
+        """
+        return self.stride[1] > 1 and output_shape(x, weight, self)[3] == 1
+
     def is_pointwise(self, kernel_size: tuple[int, int]) -> bool:
         """Whether it is a matrix product over pixels: 1x1, of stride 1 or 2, not padded, one
         group.

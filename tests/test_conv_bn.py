@@ -23,6 +23,7 @@ from fusedres.testing import (
     Outputs,
     check_case,
     eager_batch_norm,
+    error,
     gradcheck,
     norm_arguments,
     run,
@@ -337,13 +338,39 @@ def test_backends_may_meet(backend: str) -> None:
         assert bn_act(d).shape == d.shape
 
 
-def test_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("loss", [torch.sum, lambda v: v.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_double_backward_is_refused(backend: str, loss: Any) -> None:
+    """Also of a sum, whose gradient needs none itself; ordinary autograd has it."""
     t = Chain("tensor").inputs(Maker(torch.float32))
-    with use_backend("auto"):
+    with use_backend(backend):
+        value = Chain("tensor").ours(t)["value"]
+    with pytest.raises(RuntimeError, match=r"no double backward .* use_backend\('reference'\)"):
+        torch.autograd.grad(loss(value), t["x"], create_graph=True)
+    with use_backend("reference"):
         value = Chain("tensor").ours(t)["value"]
     (g,) = torch.autograd.grad(value.square().sum(), t["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiate twice"):
-        g.sum().backward()
+    g.square().sum().backward()
+    assert t["x"].grad.any()
+
+
+@pytest.mark.parametrize("backend", PROTOCOL)
+def test_transforms_of_torch_func_are_refused(backend: str) -> None:
+    x, w, v = torch.randn(3, 2, 4, 4), torch.randn(5, 2, 1, 1), torch.ones(5)
+
+    def loss(x: Tensor) -> Tensor:
+        return conv_bn(x, w, None, None, v, v, training=False).value().sum()
+
+    transforms: list[Any] = [
+        lambda: torch.func.grad(loss)(x),
+        lambda: torch.func.vmap(loss)(x[None]),
+        lambda: torch.func.jvp(loss, (x,), (x,)),
+    ]
+    for transform in transforms:
+        with use_backend(backend), pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
+            transform()
+        with use_backend("reference"):
+            transform()
 
 
 @pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)
@@ -543,3 +570,31 @@ def test_nothing_is_written_before_an_error() -> None:
 def test_a_plan_that_is_not_there_is_refused() -> None:
     with use_plan("epilogue"), pytest.raises(RuntimeError, match="no 'epilogue' plan"):
         conv_bn(X, W)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if serves(b, "conv_bn", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "dilation", "kernel"),
+    [((13, 2), 3, 1, 1, 3), ((9, 2), 2, 1, 1, 3), ((13, 4), (1, 2), 0, 2, 2),
+     ((13, 8), (1, 3), 0, 3, 3), ((9, 2), 2, (0, 1, 1, 0), 1, 3), ((9, 1), 3, 1, 1, 1)],
+)  # fmt: skip
+def test_an_output_one_pixel_wide(
+    size: tuple[int, int], stride: Any, padding: Any, dilation: int, kernel: int, backend: str
+) -> None:
+    """oneDNN in bf16 gives garbage for it, where the stride leads past it."""
+    x = torch.randn(2, 3, *size).bfloat16()
+    w = torch.randn(4, 3, kernel, kernel).bfloat16()
+    found: list[list[Tensor]] = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
+        options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        name = backend if dtype == torch.bfloat16 else "reference"
+        with use_backend(name):
+            d = conv_bn(*leaves, **options, relu=False)  # type: ignore[call-overload]
+            assert d.shape[3] == 1
+            out = d.value()
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        out.backward(upstream.bfloat16().to(dtype))
+        found.append([out.detach(), *(t.grad for t in leaves)])  # type: ignore[misc]
+    for ours, truth in zip(*found, strict=True):
+        assert error(ours, truth) < 0.05

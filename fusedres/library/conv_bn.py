@@ -34,9 +34,9 @@ def convolution(
         return a.new_empty(output_shape(a.shape, weight.shape, conv)).to(
             memory_format=memory_format
         )
-    padded, padding = _pad(a, conv)
+    padded, padding, stride = _pad(a, weight, conv)
     y = torch.ops.aten.convolution(
-        padded, weight, None, conv.stride, padding, conv.dilation, False, [0, 0], conv.groups
+        padded, weight, None, stride, padding, conv.dilation, False, [0, 0], conv.groups
     )
     return y.contiguous(memory_format=memory_format)
 
@@ -64,14 +64,14 @@ def convolution_backward(
         whole = F.pad(a, (left, right, top, bottom)) if any(conv.padding) else a
         a = whole[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=stored_format(a))
         conv = conv._replace(stride=(1, 1), padding=(0, 0, 0, 0))
-    padded, padding = _pad(a, conv)
+    padded, padding, stride = _pad(a, weight, conv)
     product = need_dw and _product_pays(dy, padded, weight, conv)
     da, dw, _ = torch.ops.aten.convolution_backward(
         dy,
         padded,
         weight,
         None,
-        conv.stride,
+        stride,
         padding,
         conv.dilation,
         False,
@@ -83,7 +83,9 @@ def convolution_backward(
         rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (dy, a))
         dw = torch.mm(next(rows).t(), next(rows)).view_as(weight)
     if need_da and padded is not a:
-        top, _, left, _ = conv.padding
+        top, _, left, right = conv.padding
+        unread = a.size(3) + left + right - padded.size(3)
+        da = F.pad(da, (0, unread)) if unread else da
         da = da[:, :, top : top + a.size(2), left : left + a.size(3)]
     if need_da and samples and not compact:
         full = torch.zeros_like(whole)
@@ -116,13 +118,21 @@ def _product_pays(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv) -> bool:
     return dense and rows <= _FEW_ROWS
 
 
-def _pad(a: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int]]:
+def _pad(a: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    """The input, padded here where the library cannot or must not, what it is still to pad, and the
+    stride.
+    """
     top, bottom, left, right = conv.padding
     # oneDNN's bf16 wgrad gives garbage, or crashes, where a padded map is narrower than the stride
     narrow = a.device.type == "cpu" and a.size(3) < conv.stride[1]
-    if conv.even_padding() and not narrow:
-        return a, (top, left)
-    return F.pad(a, (left, right, top, bottom)), (0, 0)
+    column = a.device.type == "cpu" and conv.gives_a_column(a.shape, weight.shape)
+    if conv.even_padding() and not narrow and not column:
+        return a, (top, left), conv.stride
+    padded = F.pad(a, (left, right, top, bottom))
+    if not column:
+        return padded, (0, 0), conv.stride
+    read = padded[..., : conv.dilation[1] * (weight.size(3) - 1) + 1]
+    return read.contiguous(memory_format=stored_format(a)), (0, 0), (conv.stride[0], 1)
 
 
 def materialise(light: Any, source: Source) -> Tensor:

@@ -35,11 +35,16 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _IN, _OUT = 32, 8  # ConvBnWgradParams::kInBlock and kOutBlock
 
 
+def outrun(dtype: torch.dtype) -> bool:
+    """Whether the machine has instructions that the library uses for this dtype, and we do not."""
+    return dtype == torch.bfloat16 and require().cpu_has_tiles()
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the machine has products of this dtype that are not better left to the library."""
     c = require()
     if dtype == torch.bfloat16:
-        return c.cpu_level() == "avx512_bf16" and not c.cpu_has_tiles()
+        return c.cpu_level() == "avx512_bf16" and not outrun(dtype)
     return dtype == torch.float32 and c.cpu_level() != "baseline"
 
 
@@ -249,7 +254,6 @@ def serves_wgrad(source: Source, weight: Tensor, conv: Conv) -> bool:
         and x.device.type == "cpu"
         and stored_format(x) == CHANNELS_LAST
         and require().cpu_level() != "baseline"
-        and not (x.dtype == torch.bfloat16 and require().cpu_has_tiles())
     )
 
 

@@ -199,7 +199,8 @@ def _library_bwd(
         if o.backend == "cpp":
             kernels = backends.kernels("cpp", "conv_bn")
             ready = source if a is None else Source.plain(a)
-            wgrad = kernels.conv_bn_wgrad if kernels.serves_wgrad(ready, parameter, conv) else None
+            served = kernels.serves_wgrad(ready, parameter, conv)
+            wgrad = kernels.conv_bn_wgrad if served and not kernels.outrun(weight.dtype) else None
         g_in, sums, res_sums, dw = split.conv_bn_bwd(
             light, wgrad, dy, grad_a, source, a, weight, parameter, conv, from_x, plan,
             o.need_input, o.need_weight, memory_format_of(source.x),
