@@ -17,15 +17,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_fuse import Small
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedres
-from fusedres import ConvBlock, ConvBNReLU, IdentityBlock, ops, report, use_backend, use_plan
+from fusedres import (
+    ConvBlock,
+    ConvBNReLU,
+    IdentityBlock,
+    fuse,
+    ops,
+    report,
+    unfuse,
+    use_backend,
+    use_plan,
+)
 from fusedres._plans import DATAFLOWS
-from fusedres.models import resnet
+from fusedres.models import stages
 from fusedres.nn import Stage
 from fusedres.nn.blocks import FusedModule
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, serving_backends
@@ -70,7 +81,7 @@ def prepared(model: nn.Module, **options: Any) -> nn.Module:
 def narrow() -> nn.Module:
     """ResNet-18 of few channels: stem, stages, shortcuts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "_WIDTHS", (8, 8, 16, 16))
+        patch.setattr(stages, "_PLANES", (8, 8, 16, 16))
         return prepared(fusedres.resnet18(CLASSES).double())
 
 
@@ -92,11 +103,7 @@ def ddp_of(own: nn.Module, **options: Any) -> nn.Module:
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy of plain torch.nn modules."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, FusedModule):
-            module.fused = False
-    return model
+    return unfuse(copy.deepcopy(model))
 
 
 def part(x: Tensor, sizes: tuple[int, int]) -> Tensor:
@@ -452,6 +459,30 @@ def test_ddp_with_statistics_of_each_process(make: Callable[[], nn.Module], back
                 optimizer.zero_grad()
 
 
+def torchs() -> nn.Module:
+    """A small ResNet of plain torch.nn."""
+    return prepared(Small().double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", ["exact", "recompute"])
+@pytest.mark.parametrize("first", ["fuse", "convert"])
+def test_a_model_fused_and_converted(first: str, memory: str, backend: str) -> None:
+    """In either order, against the plain model in one process."""
+    model = torchs()
+    own = copy.deepcopy(model)
+    ddp = DistributedDataParallel(own)
+    for change in (first, "convert" if first == "fuse" else "fuse"):
+        if change == "fuse":
+            assert fuse(own, inplace=True, memory=memory) is own
+        else:
+            nn.SyncBatchNorm.convert_sync_batchnorm(own)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in own.modules()) == 15
+    with use_backend(backend):
+        assert {r.runs for r in report(own)} == {"plain" if backend == "reference" else "fused"}
+        two_steps(ddp, model, (3, 1), 40, own=own)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sync", [False, True], ids=["batch norm", "sync batch norm"])
 def test_accumulation_equals_one_backward(sync: bool, backend: str) -> None:
@@ -485,19 +516,20 @@ def test_options_of_ddp(options: str) -> None:
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """FSDP2 of each block and the root."""
+    """FSDP2 of each block, what holds it, and the root."""
     mesh = init_device_mesh("cpu", (2,))
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):
         if isinstance(module, FusedModule) and module is not model:
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", [small, narrow])
+@pytest.mark.parametrize("make", [small, narrow, lambda: fuse(torchs())])
 def test_fsdp_equals_one_process(make: Callable[[], nn.Module], backend: str) -> None:
     model = make()
     own = sharded(converted(model))
+    assert any(isinstance(m, FusedModule) for m in own.modules())
     with use_backend(backend):
         assert {r.runs for r in report(own)} == {"plain" if backend == "reference" else "fused"}
         two_steps(own, plain(model), (3, 1), 32)

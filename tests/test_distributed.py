@@ -1,5 +1,5 @@
-"""nn.SyncBatchNorm in fused blocks, DDP and FSDP2: in two processes (in_two_processes.py), and what
-one process can show.
+"""nn.SyncBatchNorm in fused blocks and models, DDP and FSDP2: in two processes
+(in_two_processes.py), and what one process can show.
 """
 
 from __future__ import annotations
