@@ -12,6 +12,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,7 +245,7 @@ def test_an_optimizer_made_before_keeps_working() -> None:
     assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), 1e-7)
 
 
-def test_copies_pickles_and_safetensors(tmp_path: Any) -> None:
+def test_copies_pickles_and_safetensors(tmp_path: Path) -> None:
     fused, x = fuse(Small().double()), image("resnet")
     fused(x)
     stream = io.BytesIO()
@@ -259,9 +260,9 @@ def test_copies_pickles_and_safetensors(tmp_path: Any) -> None:
         found = two_steps(other, x)
         assert all(torch.equal(found[k], truth[k]) for k in truth)
     safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_model(fused, tmp_path / "model.safetensors")
+    safetensors.save_model(fused, str(tmp_path / "model.safetensors"))
     new = Small().double()
-    safetensors.load_model(new, tmp_path / "model.safetensors")
+    safetensors.load_model(new, str(tmp_path / "model.safetensors"))
     assert all(torch.equal(p, q) for p, q in zip(new.parameters(), fused.parameters(), strict=True))
 
 

@@ -1,6 +1,6 @@
 """fuse on the models of torchvision, timm and Hugging Face, and FusedResNet50 beside them.
 
-`pip install --no-deps -r tests/peers.txt`, then `pytest -m peers`: nothing here is skipped.
+CONTRIBUTING says what has to be installed; nothing here is skipped.
 """
 
 from __future__ import annotations
