@@ -544,19 +544,19 @@ def test_changes_made_later_count() -> None:
     assert_close(two_steps(fused, x), two_steps(plain, x))
 
 
+class Switched(Body):
+    """A switch that its forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.body(x), 0.5, self.training)
+        return 2 * h if self.doubled else h
+
+
 def test_a_switch_that_the_forward_reads_counts() -> None:
-    class Switched(Body):
-        doubled = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.doubled = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.body(x)
-            h = F.dropout(h, 0.5, self.training)
-            return 2 * h if self.doubled else h
-
     plain, x = Switched().double(), image("chain")
     fused: Any = fuse(copy.deepcopy(plain))
     for doubled in (False, True):
@@ -567,6 +567,20 @@ def test_a_switch_that_the_forward_reads_counts() -> None:
                 torch.manual_seed(3)
                 model.result = model(x)
             torch.testing.assert_close(fused.result, plain.result, rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_model_sees_a_switch_too() -> None:
+    fused: Any = fuse(Switched().double()).eval()
+    compiled, x = torch.compile(fused, backend="eager", fullgraph=True), image("chain")
+    once = compiled(x)
+    fused.doubled = True
+    torch.testing.assert_close(compiled(x), 2 * once)
+
+
+def test_a_memory_that_was_chosen_is_kept() -> None:
+    model = fusedres.resnet18(4, memory="recompute")
+    assert fuse(model).layer1[0].memory == "recompute"  # type: ignore[union-attr, index]
+    assert fuse(model, memory="exact").layer1[0].memory == "exact"  # type: ignore[union-attr, index]
 
 
 def test_a_sequential_can_be_sliced_and_extended() -> None:

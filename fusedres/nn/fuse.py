@@ -36,7 +36,7 @@ from fusedres.nn.program import Add, Program, at
 from fusedres.nn.tracing import Untraceable, trace
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> nn.Module:
+def fuse(model: nn.Module, *, inplace: bool = False, memory: str | None = None) -> nn.Module:
     """The model with its convolutions, BatchNorms, ReLUs and residual adds fused where they can be.
 
     Any module tree will do: ResNets of torchvision, timm and Hugging Face, an nn.Sequential, blocks
@@ -50,7 +50,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> n
         inplace: change this model instead of making another.
         memory: "exact", or "recompute": the output of the last convolution of each branch of a
             residual block is not kept for backward, but computed again there. Gradients stay the
-            same (in half types up to the rounding of a projection before it is added).
+            same (in half types up to the rounding of a projection before it is added). None:
+            "exact" for what is not fused yet.
 
     Returns:
         A model of the same state_dict: new module objects, the same Parameter and buffer objects,
@@ -65,11 +66,12 @@ def fuse(model: nn.Module, *, inplace: bool = False, memory: str = "exact") -> n
         UserWarning: nothing in it can be fused; or, once for a block, a hook on a module inside it
             sends it down the plain path.
     """
-    if memory not in MEMORY:
+    if memory not in (None, *MEMORY):
         raise ValueError(f"fuse: memory must be 'exact' or 'recompute', got {memory!r}")
     model = _checked("fuse", model, inplace)
     _Visit().root(model)
-    set_memory(model, memory)
+    if memory is not None:
+        set_memory(model, memory)
     if not any(isinstance(m, FusedModule) for m in model.modules()):
         reasons = {why for _, _, why in unfused(model)}
         because = sorted(reasons)[0] if reasons else "it has no convolution"
@@ -95,7 +97,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = _checked("unfuse", model, inplace)
     for module in model.modules():
-        if isinstance(module, FusedByProgram):
+        if isinstance(module, FusedByProgram) and _is_fused_class(type(module)):
             _restore(module)
         elif isinstance(module, FusedModule):
             module.fused = False
@@ -156,9 +158,14 @@ class FusedByProgram(FusedModule):
 
     def program(self) -> Program | str:
         """What runs, or why nothing can."""
-        if torch.compiler.is_compiling():
-            return _program_of(self)
-        return self._program()
+        if not torch.compiler.is_compiling():
+            return self._program()
+        program = _program_of(self)
+        if isinstance(program, Program):
+            for path, name, value in program.settings:  # so that the compiler sees them change
+                if getattr(at(self, path) if path else self, name) != value:
+                    return "it changed while it was compiled"
+        return program
 
     def _program(self) -> Program | str:
         parts = [(path, at(self, path)) for path in self._chains if _has(self, path)]
@@ -167,6 +174,7 @@ class FusedByProgram(FusedModule):
         if found is None:
             try:
                 found = trace(self, parts, self._functions)
+                found = found._replace(settings=tuple(_settings([("", self), *parts])))
                 if _state([self, *(m for _, m in parts)]) != state:
                     raise Untraceable("its forward changes attributes")
             except Untraceable as error:
@@ -234,6 +242,14 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
     )
 
 
+def _settings(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, Any]]:
+    """Their modes, numbers and names: path, attribute, value."""
+    for path, module in modules:
+        for name, value in module.__dict__.items():
+            if type(value) in _SIMPLE and not name.startswith("_"):
+                yield path, name, value
+
+
 def _has(module: nn.Module, path: str) -> bool:
     for name in path.split("."):
         if not isinstance(module, nn.Module) or module._modules.get(name) is None:
@@ -259,6 +275,11 @@ def fused_class(cls: type[nn.Module]) -> type[FusedByProgram]:
     }
     made: Any = ABCMeta(f"Fused{cls.__name__}", (FusedByProgram, cls), names)
     return made
+
+
+def _is_fused_class(cls: type[FusedByProgram]) -> bool:
+    """Whether no one else, as FSDP2, has put a class of theirs before it."""
+    return cls.__mro__[1] is FusedByProgram
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -159,12 +159,14 @@ class Program(NamedTuple):
         watched: paths of modules that no step calls, which a hook or a forward of its own on them
             would want.
         left: (path, reason) of convolutions that are called as they are.
+        settings: (path, attribute, value) of what the forwards that were followed may decide by.
     """
 
     steps: tuple[Step, ...]
     output: int
     watched: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
+    settings: tuple[tuple[str, str, Any], ...] = ()
 
     def run(self, owner: nn.Module, x: Tensor | Deferred, defer: bool) -> Any:
         """The output; a Deferred only where the last step gives one."""
