@@ -184,7 +184,13 @@ register_fake("batch_norm_bwd", _bwd_fake)
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def upstream(op: str, g: Tensor | None, sums: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+def upstream(
+    op: str,
+    g: Tensor | None,
+    sums: Tensor | None,
+    y: Tensor,
+    memory_format: torch.memory_format | None = None,  # y's, where y cannot tell
+) -> tuple[Tensor, Tensor]:
     """The gradient pair that reached a Deferred, dense as y; zeros where only the emitted
     activation was used.
 
@@ -200,7 +206,7 @@ def upstream(op: str, g: Tensor | None, sums: Tensor | None, y: Tensor) -> tuple
             f"{op}: a gradient reached Deferred.y without its sums, so y was used directly; its "
             "gradient is not dL/dy: read a Deferred through .value() or another fusedres op"
         )
-    return contract.dense(g, memory_format_of(y)), sums.contiguous()
+    return contract.dense(g, memory_format or memory_format_of(y)), sums.contiguous()
 
 
 def dtype_of(parameter: Tensor | None) -> torch.dtype | None:

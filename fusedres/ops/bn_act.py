@@ -150,7 +150,7 @@ class ValueFunction(torch.autograd.Function):
         (a,) = ctx.saved_tensors
         g = grad
         if a is not None:
-            a = contract.dense(a, memory_format_of(a))
+            (a,) = contract.stored_alike(a)
             grad = contract.dense(grad, memory_format_of(a))
             g = torch.ops.fusedres.add_relu_bwd(grad, a, ctx.backend)
         return g, None, None, None, g if ctx.has_residual else None, None, None

@@ -160,6 +160,7 @@ class ConvBNFunction(torch.autograd.Function):
             constant += [] if sampled is None else [sampled]
         ctx.mark_non_differentiable(*constant)
         ctx.config = config._replace(packed=None)  # freed with what is saved, not with the node
+        ctx.memory_format = memory_format_of(y)
         ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
         sums = mean.new_empty(2, mean.size(0))
         return y, sums, mean, scale, bias, emitted, unmasked, sampled
@@ -185,12 +186,14 @@ class ConvBNFunction(torch.autograd.Function):
         )
         config: _Config = ctx.config
         x, x_mean, _, _, _, res_mean, _, _ = source
+        # of what is not forward's own, Dynamo knows no strides
+        memory_format = ctx.memory_format if torch.compiler.is_compiling() else memory_format_of(x)
         if config.recompute:
             y = _recomputed(source, weight, packed, mean, rstd, config)
-            g, sums = _with_sums(g, y, mean, config.backend)
+            g, sums = _with_sums(g, y, mean, memory_format, config.backend)
         own = (y, mean, scale, bias)
-        g, sums, y_bias = _gradient(g, unmasked, sums, own, config.backend)
-        grad_a = _of_emitted(grad_a, sampled, x, memory_format_of(y), config)
+        g, sums, y_bias = _gradient(g, unmasked, sums, own, memory_format, config.backend)
+        grad_a = _of_emitted(grad_a, sampled, x, memory_format, config)
         needs = ctx.needs_input_grad
         need_input, need_weight = any(needs[i] for i in (0, 5, 10, 11)), needs[12]
         g_in = in_sums = res_sums = dw = None
@@ -261,12 +264,12 @@ def _recomputed(
 
 
 def _with_sums(
-    g: Tensor | None, y: Tensor, mean: Tensor, backend: str
+    g: Tensor | None, y: Tensor, mean: Tensor, memory_format: torch.memory_format, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """A gradient that came alone, and its sums."""
     if g is None:
         return None, None
-    g = contract.dense(g, memory_format_of(y))
+    g = contract.dense(g, memory_format)
     _, sums, _ = torch.ops.fusedres.bn_act_bwd(g, None, y, mean, None, None, backend)
     return g, sums
 
@@ -281,6 +284,7 @@ def _gradient(
     unmasked: Tensor | None,
     sums: Tensor | None,
     own: tuple[Tensor, Tensor, Tensor, Tensor],  # y, mean, scale, bias
+    memory_format: torch.memory_format,  # y's
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient that came along either carrier or both, its sums, and the bias if it is still to
@@ -288,19 +292,20 @@ def _gradient(
     """
     y, mean, scale, bias = own
     if unmasked is None:
-        return *upstream("conv_bn", g, sums, y), None
+        return *upstream("conv_bn", g, sums, y, memory_format), None
     if g is None:
-        return *upstream("conv_bn", unmasked, sums, y), bias
+        return *upstream("conv_bn", unmasked, sums, y, memory_format), bias
     joined = (None,) * 4
     a = torch.ops.fusedres.bn_act_fwd(y, mean, scale, bias, *joined, True, backend)
-    return *upstream("conv_bn", g + torch.where(a <= 0, 0, unmasked), sums, y), None
+    g = g + torch.where(a <= 0, 0, unmasked)
+    return *upstream("conv_bn", g, sums, y, memory_format), None
 
 
 def _of_emitted(
     grad_a: Tensor | None,
     sampled: Tensor | None,
     x: Tensor,
-    memory_format: torch.memory_format,  # y's, whose strides Dynamo knows; it does not know x's
+    memory_format: torch.memory_format,  # y's
     config: _Config,
 ) -> Tensor | None:
     """The gradient of what was emitted: of every pixel, or of those that were sampled."""
