@@ -228,6 +228,8 @@ def _program_of(module: FusedByProgram) -> Program | str:
 
 
 _SIMPLE = (bool, int, float, str, type(None))
+# no forward of a class's own decides by these
+_OURS = {("_warned", True), ("memory", "exact"), ("memory", "recompute")}
 
 
 def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
@@ -235,7 +237,7 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
     return tuple(
         (
             type(m),
-            tuple(i for i in m.__dict__.items() if type(i[1]) in _SIMPLE and i[0] != "_warned"),
+            tuple(i for i in m.__dict__.items() if type(i[1]) in _SIMPLE and i not in _OURS),
             tuple((name, type(child)) for name, child in m._modules.items()),
         )
         for m in modules
