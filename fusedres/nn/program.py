@@ -43,6 +43,7 @@ class ConvBN(NamedTuple):
     shared: bool  # others read the input later
     reader: str | None  # the convolution that alone does so
     ends: bool  # a branch of a residual block: the output need not be kept, where memory is short
+    settles: bool  # the residual may change later: the sum is computed at once
 
     def run(self, owner: nn.Module, values: Values, _: bool) -> Any:
         """A Deferred, or a Tensor behind a max pool; leaves the input for its other readers."""
@@ -62,7 +63,8 @@ class ConvBN(NamedTuple):
             parts = (t.value() if isinstance(t, Deferred) else t for t in (h, residual))
             h = next(parts) + next(parts)
             return F.relu(h) if self.relu else h
-        return self._apply(owner, values, source, conv, bn, residual, self.relu)
+        h = self._apply(owner, values, source, conv, bn, residual, self.relu)
+        return h.value() if self.settles and isinstance(h, Deferred) else h
 
     def _residual(self, values: Values) -> Any:
         residual = values[self.residual]  # type: ignore[index]

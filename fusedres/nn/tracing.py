@@ -160,7 +160,7 @@ class _Reading:
             if node.op == "call_module" and isinstance(self._called(node), nn.Conv2d):
                 self._find_convolution(node, anchored)
         for node in self._nodes:
-            if node not in self._absorbed and _is_add(node) and len(node.users) == 1:
+            if node not in self._absorbed and self._adds(node) and len(node.users) == 1:
                 (user,) = node.users
                 if self._is_relu(user) and user not in self._absorbed:
                     self._join(node, user, anchored)
@@ -222,7 +222,7 @@ class _Reading:
             return
         nodes, residual, relu, pool = [node, norm], None, None, None
         behind = self._only_user(norm)
-        if behind is not None and _is_add(behind) and behind not in self._absorbed:
+        if behind is not None and behind not in self._absorbed and self._joins(node, behind):
             residual = next(a for a in behind.args if a is not norm)
             nodes.append(behind)
         relu = self._only_user(nodes[-1])
@@ -299,6 +299,25 @@ class _Reading:
         """An argument with what stands for values in place of nodes."""
         if isinstance(a, fx.Node):
             return Ref(self._of(a))
+    def _adds(self, node: fx.Node) -> bool:
+        """Whether a node adds two values, and changes none that somebody else may hold."""
+        first = node.args[0] if _is_add(node) else None
+        if not isinstance(first, fx.Node) or not self._changes(node):
+            return first is not None
+        return first.op == "call_module" or self._is_relu(first)
+
+    def _joins(self, conv: fx.Node, add: fx.Node) -> bool:
+        """Whether an add can take a convolution in, which then runs in its place: not where what is
+        called before may change the convolution's input.
+        """
+        if not self._adds(add):
+            return False
+        between = self._nodes[self._nodes.index(conv) + 1 : self._nodes.index(add)]
+        readers = [n for n in between if conv.args[0] in n.all_input_nodes]
+        return all(
+            n.op == "call_module" and isinstance(self._called(n), nn.Conv2d) for n in readers
+        )
+
         if isinstance(a, tuple | list):
             return (tuple if isinstance(a, tuple) else list)(map(self._argument, a))
         if isinstance(a, dict):
@@ -352,6 +371,7 @@ def _reads(step: Step) -> list[int]:
     if isinstance(step, ConvBN):
         return [step.input] + ([] if step.residual is None else [step.residual])
     if isinstance(step, Add):
+                False,
         return [step.a, step.b]
     found: list[int] = []
     for argument in torch.utils._pytree.tree_leaves(
@@ -384,7 +404,9 @@ def _connected(steps: list[Step], output: int) -> Iterable[Step]:
                 ends=step.residual is not None or _joins(steps, readers.get(step.out, [])),
             )
         elif isinstance(step, Call) and step.kind == "module" and step.is_plain():
-            step = step._replace(hands_over=_hand_over(steps, readers.get(step.out, []), step.out))
+            changes = _called_later(steps, readers, step.args[0].value, i)
+            handed = "no" if changes else _hand_over(steps, readers.get(step.out, []), step.out)
+            step = step._replace(hands_over=handed)
         yield step
 
 
@@ -416,3 +438,12 @@ def _hand_over(steps: list[Step], readers: list[int], value: int) -> str:
         return "yes" if step.input == value and step.residual != value else "no"
     takes = isinstance(step, Call) and step.kind == "module" and step.is_plain()
     return "yes" if takes and len(readers) == 1 else "no"
+                settles=_called_later(steps, readers, step.residual, i),
+def _called_later(
+    steps: list[Step], readers: dict[int, list[int]], value: int | None, i: int
+) -> bool:
+    """Whether a value is given to something that is called later, and may change it in place."""
+    later = [] if value is None else [j for j in readers[value] if i < j < len(steps)]
+    return any(isinstance(steps[j], Call) for j in later)
+
+
