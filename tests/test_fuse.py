@@ -10,11 +10,15 @@ import io
 import operator
 import pickle
 import random
+import threading
+import types
 import warnings
+from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -416,6 +420,63 @@ class ChangingInPlace(Body):
         return operator.iadd(h, 1) + h
 
 
+class Keeping(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.body(x)
+        return self.kept * 2
+
+
+class Collecting(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.found.append(self.body(x))
+        return self.found[-1] * 2
+
+
+class AtNumpysRandom(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if np.random.rand() < 2 else x
+
+
+class AtItsOwnRandom(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = random.Random(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if self.random.random() < 0.5 else x
+
+
+class ByATensor(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * float(self.constant.sum())
+
+
+class ByAMethodOfOurs(Body):
+    def units(self) -> int:
+        return 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.units()
+
+
+class ByAnAttributeOfOurs(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.memory
+
+
+class ByAnArgumentOfOurs(Body):
+    def forward(self, x: Tensor, defer: bool = False) -> Tensor:
+        return self.body(x) * (2 if defer else 1)
+
+
 class TwoResults(Body):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.body(x), x
@@ -438,6 +499,14 @@ REFUSED = {
     WithAConstant: "it uses a tensor that is no parameter or buffer",
     Counting: "its forward changes attributes",
     ChangingInPlace: "changes in place what others read",
+    Keeping: "its forward changes attributes",
+    Collecting: "its forward changes attributes",
+    AtNumpysRandom: "its forward draws random numbers itself",
+    AtItsOwnRandom: "it reads random, with Random in it, which may change unseen",
+    ByATensor: "it uses a tensor that is no parameter or buffer",
+    ByAMethodOfOurs: "it has a units of its own",
+    ByAnAttributeOfOurs: "it has a memory of its own",
+    ByAnArgumentOfOurs: "its forward takes a defer",
     TwoResults: "it returns more than one tensor",
 }
 
@@ -445,11 +514,14 @@ REFUSED = {
 @pytest.mark.parametrize("cls", REFUSED)
 def test_what_cannot_be_followed_stays_as_it_is(cls: type[Body]) -> None:
     model = cls().double()
-    state = random.getstate(), torch.get_rng_state()
+    held, state = set(vars(model)), (random.getstate(), torch.get_rng_state())
+    numpys = np.random.get_state()[1].copy()
     with pytest.warns(UserWarning, match=f"nothing in this {cls.__name__} can be fused"):
         fused = fuse(model)
     assert state[0] == random.getstate() and torch.equal(state[1], torch.get_rng_state())
-    assert type(fused) is cls
+    assert (np.random.get_state()[1] == numpys).all()
+    assert type(fused) is cls and set(vars(fused)) == held and not getattr(fused, "found", None)
+    assert getattr(fused, "count", 0) == 0 and getattr(fused, "memory", 2) == 2
     (row,) = report(fused)
     assert row.runs == "plain" and REFUSED[cls] in row.reason and cls.__name__ in row.reason
 
@@ -581,6 +653,251 @@ def test_a_memory_that_was_chosen_is_kept() -> None:
     model = fusedres.resnet18(4, memory="recompute")
     assert fuse(model).layer1[0].memory == "recompute"  # type: ignore[union-attr, index]
     assert fuse(model, memory="exact").layer1[0].memory == "exact"  # type: ignore[union-attr, index]
+
+
+class Settings(Body):
+    """A forward that reads settings of every kind."""
+
+    flags = (False,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: Callable[[Tensor], Tensor] = torch.tanh
+        self.dims, self.scale, self.config = [2, 3], 1.5, types.SimpleNamespace(negate=False)
+        self.drop, self.norm = nn.Dropout(0.0), nn.BatchNorm2d(8)
+        self.parts, self.inner = nn.ModuleList([nn.Identity(), nn.ReLU6()]), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.body(x)) * self.scale
+        for part in self.parts.children():
+            h = part(h)
+        bn = self.norm
+        h = F.batch_norm(h, bn.running_mean, bn.running_var, training=bn.training)
+        h = self.inner.forward(h)
+        h = -h if self.config.negate else h
+        h = h + 1 if self.drop.p > 0 or self.flags[0] else h
+        h = h * 3 if hasattr(self, "extra") else h
+        return (2 * h if torch.is_grad_enabled() else h).mean(self.dims)
+
+
+class Scaled(nn.Module):
+    scale = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "function": lambda m: setattr(m, "act", torch.sin),
+    "list": lambda m: m.dims.pop(),
+    "number": lambda m: setattr(m, "scale", 2.5),
+    "object": lambda m: setattr(m.config, "negate", True),
+    "child's number": lambda m: setattr(m.drop, "p", 0.5),
+    "child's mode": lambda m: m.norm.eval(),
+    "class's tuple": lambda m: setattr(m, "flags", (True,)),
+    "new attribute": lambda m: setattr(m, "extra", 1),
+    "new part": lambda m: m.parts.append(nn.Tanh()),
+    "fewer parts": lambda m: setattr(m, "parts", m.parts[:1]),
+    "followed child": lambda m: setattr(m.inner, "scale", 5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_the_forward_reads_counts(change: str) -> None:
+    plain, x = Settings().double(), image("chain")
+    fused = fuse(copy.deepcopy(plain))
+    assert report(fused)[0].runs == "fused"
+    assert_close({"out": fused(x)}, {"out": plain(x)})
+    CHANGES[change](plain), CHANGES[change](fused)
+    assert_close({"out": fused(x)}, {"out": plain(x)})
+    with torch.no_grad():
+        assert_close({"out": fused(x)}, {"out": plain(x)})
+
+
+def test_a_compiled_model_keeps_up_with_what_the_forward_reads() -> None:
+    """With numbers too, of which torch.compile would make inputs of its graph."""
+    plain, x = Settings().double().eval(), torch.ones(2, 8, 9, 9).double().cumsum(3)
+    fused: Any = fuse(copy.deepcopy(plain))
+    torch._dynamo.reset()
+    run: Any = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    changes = [CHANGES[c] for c in ("list", "child's number", "new part")]
+    numbers = [lambda m, v=v: setattr(m, "scale", v) for v in (2.5, 3.5, 4.5)]
+    with torch.no_grad():
+        assert_close({"out": run(x)}, {"out": plain(x)})
+        for change in (*changes, *numbers):
+            change(plain), change(fused)
+            assert_close({"out": run(x)}, {"out": plain(x)})
+
+
+def test_weights_tied_when_fused_can_be_untied() -> None:
+    class Tied(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.layer = self.conv, Layer(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.body(x)) + self.second(x)
+
+    plain, x = Tied().double(), image("chain")
+    fused: Any = fuse(copy.deepcopy(plain))
+    fused(x), plain(x)
+    new = conv(8, 8).double()
+    for model in (plain, fused):
+        model.second = new
+    assert_close({"out": fused(x)}, {"out": plain(x)})
+
+
+@pytest.mark.parametrize("where", ["convolution's input", "residual", "block's input", "input"])
+def test_what_is_called_may_change_its_input(where: str) -> None:
+    """In evaluation nobody else would notice."""
+
+    class Block(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.bn(self.conv(x)) + x)
+
+    class Changing(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.change = nn.Sequential(nn.ReLU(inplace=True), nn.Sigmoid())
+            self.blocks, self.pool = nn.ModuleList([Block(), Block()]), nn.AvgPool2d(1)
+            self.offset = nn.Parameter(torch.randn(2, 8, 9, 9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "convolution's input":
+                h = self.bn(self.conv(x))
+                return F.relu(h + self.change(x))
+            if where == "input":
+                return self.bn(self.conv(F.relu(x.add_(self.offset))))
+            r = self.pool(x)
+            if where == "residual":
+                h = F.relu(self.bn(self.conv(F.hardtanh(r))) + r)
+                return h.add(self.change(r))
+            h, gate = self.blocks[0](r), self.change(r)
+            return self.blocks[1](h) * gate
+
+    plain = Changing().double().eval()
+    fused = fuse(copy.deepcopy(plain))
+    assert any(row.runs == "fused" for row in report(fused))
+    found = []
+    for model in (fused, plain):
+        x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(1)).double()
+        with torch.no_grad():
+            found.append({"out": model(x), "x": x})
+    assert_close(*found)
+
+
+def test_names_of_children_and_the_signature_stay() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.op = nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())
+            self.last = Layer(8, 8, relu=False)
+
+        def forward(self, x: Tensor, *, flip: bool = False) -> Tensor:
+            return F.relu(self.last(self.op(x)) + x)
+
+    plain, x = Cell().double(), image("chain")
+    fused = fuse(copy.deepcopy(plain))
+    assert [row.runs for row in report(fused)] == ["fused"] * 2
+    assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
+    assert_close({"out": fused(x)}, {"out": plain(x)})
+
+
+class Registered(Body):
+    """A class that wants to know of its subclasses."""
+
+    known: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Registered.known.append(cls)
+
+
+class Abstract(ABC, nn.Module):
+    """Whose objects cannot change their class, for what stands in front of nn.Module."""
+
+
+class Odder(Registered):
+    def __init__(self, k: int = 1) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.k
+
+
+class MadeByArguments(Odder):
+    def __reduce__(self) -> Any:
+        return type(self), (self.k,), self.__getstate__()
+
+
+class MadeByAFunction(Odder):
+    def __reduce__(self) -> Any:
+        return remade, (self.k, self.state_dict())
+
+
+def remade(k: int, weights: dict[str, Tensor]) -> MadeByAFunction:
+    model = MadeByAFunction(k).double()
+    model.load_state_dict(weights)
+    return model
+
+
+class Below(Abstract):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("cls", [Odder, MadeByArguments, MadeByAFunction, Below])
+def test_classes_with_ways_of_their_own(cls: type[nn.Module]) -> None:
+    known = list(Registered.known)
+    plain, x = cls().double().eval(), image("chain")
+    fused = fuse(copy.deepcopy(plain))
+    assert Registered.known == known
+    for model in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert isinstance(model, cls) and report(model)[0].runs == "fused"
+        assert isinstance(model, FusedByProgram) is (cls is not Below)
+        assert_close({"out": model.eval()(x)}, {"out": plain(x)})
+
+
+def test_scripted_modules_are_called_as_they_are() -> None:
+    scripted: Any = torch.jit.script(Layer(8, 8).double())
+    with pytest.warns(UserWarning, match="can be fused"):
+        fuse(scripted)
+    plain, x = nn.Sequential(scripted, Layer(8, 8).double()).eval(), image("chain")
+    fused = fuse(copy.deepcopy(plain))
+    assert [row.name for row in report(fused)] == ["1.convolution + normalization"]
+    assert_close({"out": fused(x)}, {"out": plain(x)})
+
+
+def test_threads_may_run_while_another_follows() -> None:
+    """torch.fx changes nn.Module for all of them meanwhile."""
+    plain, x, errors = Small().double().eval(), image("resnet"), []
+    fused = fuse(copy.deepcopy(plain))
+    before = vars(nn.Module).copy()
+    with torch.no_grad():
+        truth = plain(x)
+
+    def run(model: nn.Module) -> None:
+        try:
+            for _ in range(8):
+                for module in model.modules():
+                    if isinstance(module, FusedByProgram):
+                        module._programs.clear()
+                with torch.no_grad():
+                    assert_close({"out": model(x)}, {"out": truth})
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(m,)) for m in (fused, plain, fused, plain)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and vars(nn.Module) == before
 
 
 def test_a_sequential_can_be_sliced_and_extended() -> None:

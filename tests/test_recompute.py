@@ -102,6 +102,22 @@ def test_a_fused_model_recomputes_as_ours_does() -> None:
     assert not any("memory" in vars(m) for m in unfuse(fused).modules())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recompute_compiles_in_one_graph(backend: str) -> None:
+    model = blocks(torch.float64).double()
+    set_memory(model, "recompute")
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    found = []
+    with use_backend(backend):
+        for run in (model, compiled):
+            x = torch.ones(2, 32, 9, 9).double().cumsum(3).requires_grad_()
+            run(x).square().mean().backward()
+            found.append([x.grad, *(p.grad for p in run.parameters()), *run.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def bytes_after_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> int:
     live = Live()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), live:

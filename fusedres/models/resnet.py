@@ -54,7 +54,6 @@ class ResNet(FusedModule):
             the order of forward_intermediates.
     """
 
-    op = "conv_bn_relu_maxpool"  # of the stem; blocks have their own
     _unpooled = False  # whether forward_head leaves the map as it is
 
     def __init__(
@@ -111,6 +110,9 @@ class ResNet(FusedModule):
         if given is not None:
             load_weights(owner, self, given)
         set_memory(self, memory)
+
+    def op_of(self, conv: str) -> str:
+        return "conv_bn_relu_maxpool"  # of the stem; blocks have their own
 
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         yield "conv1", self.conv1, "bn1", self.bn1

@@ -62,12 +62,10 @@ class FusedModule(nn.Module, ABC):
         fused: set to False to run this module's own children plainly; blocks within have their own.
         memory: "exact", or "recompute": the output of the last convolution of each branch of a
             block is not kept for backward, but computed again there.
-        op: which op of fusedres runs its convolutions.
     """
 
     fused: bool = True
     memory: str = "exact"
-    op: str = "conv_bn"
     _warned: bool = False
 
     def runs_plainly(self) -> bool:
@@ -93,8 +91,8 @@ class FusedModule(nn.Module, ABC):
         return False
 
     def op_of(self, conv: str) -> str:
-        """Which op runs that convolution."""
-        return self.op
+        """Which op of fusedres runs that convolution."""
+        return "conv_bn"
 
     @abstractmethod
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

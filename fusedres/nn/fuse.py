@@ -11,8 +11,11 @@ module that calls it, where that one can be followed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
+import itertools
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
@@ -33,7 +36,8 @@ from fusedres.nn.blocks import (
 )
 from fusedres.nn.layers import is_untouched, plain_reason, touched
 from fusedres.nn.program import Add, Program, at
-from fusedres.nn.tracing import Untraceable, trace
+from fusedres.nn.reads import Reads, Unwatchable, look, numbers_in, state
+from fusedres.nn.tracing import Followed, trace
 
 
 def fuse(model: nn.Module, *, inplace: bool = False, memory: str | None = None) -> nn.Module:
@@ -42,7 +46,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, memory: str | None = None) 
     Any module tree will do: ResNets of torchvision, timm and Hugging Face, an nn.Sequential, blocks
     of one's own. What is fused is found by following each module's forward, not by names; what
     cannot be followed or fused is called as it is, and `report` says why. Numbers stay those of
-    plain PyTorch up to rounding, in training and evaluation.
+    plain PyTorch up to rounding, in training and evaluation. Attributes may change later; what a
+    forward takes from globals or closures stays as it was when the forward was first followed.
 
     Args:
         model: not a fused one: fused modules in it are switched on again where `unfuse` or
@@ -125,12 +130,12 @@ def _checked(name: str, model: nn.Module, inplace: bool) -> nn.Module:
 class FusedByProgram(FusedModule):
     """What a module's class is joined with: its forward runs the Program of the class's own.
 
-    The Program is that of the module as it is: where an attribute, a child's class or the mode
-    changed since, the forward is followed anew.
+    The Program is that of the module as it is: where anything that the forward reads changed since
+    (an attribute, a child's class, the mode, whether gradients are wanted), it is followed anew.
     """
 
     _chains: tuple[str, ...]  # descendants whose forwards are followed too
-    _programs: dict[Any, Program | str]  # by the state they were made for; or the reason for none
+    _programs: dict[Reads, dict[Any, Followed]]  # by what the forward read
     _functions: dict[str, Callable[..., Any]]  # that they call
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -141,6 +146,8 @@ class FusedByProgram(FusedModule):
     def forward(self, *args: Any, defer: bool = False, **kwargs: Any) -> Any:
         """As the class's own; one tensor alone runs through fused ops."""
         x = args[0] if len(args) == 1 and not kwargs else None
+        if torch.compiler.is_compiling():
+            look(self, *_read_by(self))
         if not isinstance(x, Tensor | Deferred) or self.runs_plainly():
             return super().forward(*(as_tensor(a) for a in args), **kwargs)
         program = self.program()
@@ -158,31 +165,23 @@ class FusedByProgram(FusedModule):
 
     def program(self) -> Program | str:
         """What runs, or why nothing can."""
-        if not torch.compiler.is_compiling():
-            return self._program()
-        program = _program_of(self)
-        if isinstance(program, Program):
-            for path, name, value in program.settings:  # so that the compiler sees them change
-                if getattr(at(self, path) if path else self, name) != value:
-                    return "it changed while it was compiled"
-        return program
+        return _program_of(self) if torch.compiler.is_compiling() else self._program()
 
     def _program(self) -> Program | str:
+        return self._followed().program
+
+    def _followed(self) -> Followed:
+        for reads, known in list(self._programs.items()):
+            with contextlib.suppress(Unwatchable):
+                found = known.get(state(self, reads))
+                if found is not None:
+                    return found
         parts = [(path, at(self, path)) for path in self._chains if _has(self, path)]
-        state = _state([self, *(m for _, m in parts)])
-        found = self._programs.get(state)
-        if found is None:
-            try:
-                found = trace(self, parts, self._functions)
-                found = found._replace(settings=tuple(_settings([("", self), *parts])))
-                if _state([self, *(m for _, m in parts)]) != state:
-                    raise Untraceable("its forward changes attributes")
-            except Untraceable as error:
-                found = str(error)
-            if len(self._programs) >= 16:
-                self._programs.clear()
-            self._programs[state] = found
-        return found
+        followed = trace(self, parts, self._functions)
+        if sum(map(len, self._programs.values())) >= 16:
+            self._programs.clear()
+        self._programs.setdefault(followed.reads, {})[followed.state] = followed
+        return followed
 
     def units(self) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         program = self.program()
@@ -201,22 +200,30 @@ class FusedByProgram(FusedModule):
         program = self.program()
         if isinstance(program, str):
             return program
-        reason = super().plain_reason()
         for step in program.pairs():
-            if reason is None and step.pool is not None:
-                reason = plain_reason(at(self, step.pool), step.pool, nn.MaxPool2d)
+            parts = ((step.conv, nn.Conv2d), (step.bn, nn.BatchNorm2d), (step.pool, nn.MaxPool2d))
+            for path, kind in parts:
+                reason = None if path is None else plain_reason(at(self, path), path, kind)
+                if reason is not None:
+                    return reason
         for path in program.watched:
-            if reason is None and not is_untouched(at(self, path)):
-                reason = touched(path)
-        return reason
+            if not is_untouched(at(self, path)):
+                return touched(path)
+        return None
 
     def accepts_deferred(self) -> bool:
         program = self.program()
         return not isinstance(program, str) and program.takes_deferred(self)
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Not that of the class, which may keep a list of the classes that users write."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (own_class(self),), *reduced[2:])
+        build, args, *rest = reduced
+        cls = own_class(self)  # ours cannot be found by its name
+        made_by = tuple(cls if a is type(self) else a for a in (build, *args))
+        return (_rebuilt, made_by, *rest)
 
     def __getstate__(self) -> Any:
         return {**super().__getstate__(), "_programs": {}, "_functions": {}}
@@ -227,29 +234,10 @@ def _program_of(module: FusedByProgram) -> Program | str:
     return module._program()
 
 
-_SIMPLE = (bool, int, float, str, type(None))
-# no forward of a class's own decides by these
-_OURS = {("_warned", True), ("memory", "exact"), ("memory", "recompute")}
-
-
-def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """What a forward may decide by: classes, modes, numbers and names, the children's classes."""
-    return tuple(
-        (
-            type(m),
-            tuple(i for i in m.__dict__.items() if type(i[1]) in _SIMPLE and i not in _OURS),
-            tuple((name, type(child)) for name, child in m._modules.items()),
-        )
-        for m in modules
-    )
-
-
-def _settings(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, Any]]:
-    """Their modes, numbers and names: path, attribute, value."""
-    for path, module in modules:
-        for name, value in module.__dict__.items():
-            if type(value) in _SIMPLE and not name.startswith("_"):
-                yield path, name, value
+@torch.compiler.assume_constant_result
+def _read_by(module: FusedByProgram) -> tuple[Reads, tuple[float, ...]]:
+    followed = module._followed()
+    return followed.reads, tuple(numbers_in(followed.state))
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -262,21 +250,22 @@ def _has(module: nn.Module, path: str) -> bool:
 
 @functools.cache
 def fused_class(cls: type[nn.Module]) -> type[FusedByProgram]:
-    """The class of fused modules of that class; its forward has the same signature, for those who
-    look at it.
-    """
+    """The class of fused modules of that class."""
 
-    @functools.wraps(cls.forward)
-    def forward(self: FusedByProgram, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(cls.forward)  # its signature is read by trainers
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return FusedByProgram.forward(self, *args, **kwargs)
 
-    names = {
-        "__module__": cls.__module__,
-        "__qualname__": f"Fused{cls.__qualname__}",
-        "forward": forward,
-    }
-    made: Any = ABCMeta(f"Fused{cls.__name__}", (FusedByProgram, cls), names)
+    names = {"__module__": cls.__module__, "__qualname__": f"Fused{cls.__qualname__}"}
+    made: Any = ABCMeta(f"Fused{cls.__name__}", (FusedByProgram, cls), names | {"forward": forward})
     return made
+
+
+@functools.cache
+def _names() -> set[str]:
+    """Of the attributes and methods that a module gets by being fused."""
+    names = {*dir(FusedByProgram), *FusedByProgram.__annotations__} - {*dir(nn.Module)}
+    return {name for name in names if not name.startswith(("__", "_abc_"))}
 
 
 def _is_fused_class(cls: type[FusedByProgram]) -> bool:
@@ -290,10 +279,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return classes[classes.index(FusedByProgram) + 2]
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
-    """What copy and pickle begin with."""
-    made = fused_class(cls)  # type: ignore[arg-type]
-    return made.__new__(made)
+def _rebuilt(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """What copy and pickle begin with: a blank module, or one whose class says how it is made."""
+    module = build(*args)
+    if "_modules" in vars(module):
+        return fuse(module, inplace=True)
+    cls: Any = type(module)
+    module.__class__ = fused_class(cls)
+    return module
 
 
 def _convert(module: nn.Module, chains: list[str]) -> FusedByProgram:
@@ -385,7 +378,8 @@ class _Visit:
 
 def _has_no_forward(module: nn.Module) -> bool:
     """Whether it only holds others, as nn.ModuleList."""
-    return type(module).forward is nn.Module.forward
+    # static: a ScriptModule's class has no forward to ask for
+    return inspect.getattr_static(type(module), "forward") is nn.Module.forward
 
 
 def _tried(module: nn.Module, chains: list[str]) -> Program | str:
@@ -395,9 +389,15 @@ def _tried(module: nn.Module, chains: list[str]) -> Program | str:
         return f"{cls.__name__} is torch's own"
     if "forward" in module.__dict__:
         return "it has a forward of its own"
+    own = {*dir(cls), *module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    taken = sorted(own & _names())
+    if taken:
+        return f"it has a {taken[0]} of its own, by a name that fused modules need"
     try:
+        if "defer" in inspect.signature(cls.forward).parameters:
+            return "its forward takes a defer, by a name that fused modules need"
         fused = _convert(module, chains)
-    except TypeError as error:  # a class whose objects cannot change theirs
+    except (TypeError, ValueError) as error:  # a class whose objects cannot change theirs
         return str(error)
     try:
         return fused.program()
@@ -406,18 +406,19 @@ def _tried(module: nn.Module, chains: list[str]) -> Program | str:
 
 
 def _follow(module: nn.Module) -> None:
-    """Find the Programs of both modes now, for a compiler can find none."""
+    """Find the Programs of all modes now, for a compiler can find none."""
     assert isinstance(module, FusedByProgram)
-    parts = [module, *(at(module, path) for path in module._chains)]
+    parts = list(module.modules())
     modes = [m.training for m in parts]
     try:
-        for training in (True, False):
+        for training, grad in itertools.product((True, False), repeat=2):
             for m in parts:
                 m.training = training
-            module.program()
+            with torch.set_grad_enabled(grad):
+                module.program()
     finally:
-        for m, training in zip(parts, modes, strict=True):
-            m.training = training
+        for m, mode in zip(parts, modes, strict=True):
+            m.training = mode
 
 
 def unfused(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -43,6 +43,7 @@ class ConvBN(NamedTuple):
     shared: bool  # others read the input later
     reader: str | None  # the convolution that alone does so
     ends: bool  # a branch of a residual block: the output need not be kept, where memory is short
+    settles: bool  # the residual may change later: the sum is computed at once
 
     def run(self, owner: nn.Module, values: Values, _: bool) -> Any:
         """A Deferred, or a Tensor behind a max pool; leaves the input for its other readers."""
@@ -62,7 +63,8 @@ class ConvBN(NamedTuple):
             parts = (t.value() if isinstance(t, Deferred) else t for t in (h, residual))
             h = next(parts) + next(parts)
             return F.relu(h) if self.relu else h
-        return self._apply(owner, values, source, conv, bn, residual, self.relu)
+        h = self._apply(owner, values, source, conv, bn, residual, self.relu)
+        return h.value() if self.settles and isinstance(h, Deferred) else h
 
     def _residual(self, values: Values) -> Any:
         residual = values[self.residual]  # type: ignore[index]
@@ -159,14 +161,12 @@ class Program(NamedTuple):
         watched: paths of modules that no step calls, which a hook or a forward of its own on them
             would want.
         left: (path, reason) of convolutions that are called as they are.
-        settings: (path, attribute, value) of what the forwards that were followed may decide by.
     """
 
     steps: tuple[Step, ...]
     output: int
     watched: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
-    settings: tuple[tuple[str, str, Any], ...] = ()
 
     def run(self, owner: nn.Module, x: Tensor | Deferred, defer: bool) -> Any:
         """The output; a Deferred only where the last step gives one."""

@@ -3,16 +3,20 @@ are found together with the BatchNorm, residual add, ReLU and max pool behind th
 
 What torch.fx would lose without a word is refused here: parts that run without gradients, under
 autocast or activation checkpointing, random numbers drawn from Python, tensors made on the way,
-values changed in place that others read, attributes that a forward changes.
+values changed in place that others read, attributes that a forward changes, and what it reads that
+may change unseen. What globals and closures hold is taken as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import random
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from fusedres.nn.layers import kind_reason
 from fusedres.nn.program import Add, Call, ConvBN, Program, Ref, Step
+from fusedres.nn.reads import Before, Reads, Recorder, Unwatchable, state
 
 TRACED = "forward_plainly"  # the method of fused classes that is followed
 
@@ -55,19 +60,49 @@ class _Tracer(fx.Tracer):
     traced_func_name = TRACED
     proxy_buffer_attributes = True  # else what a forward does to a buffer happens here and now
 
-    def __init__(self, inlined: Iterable[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, inlined: Iterable[nn.Module]) -> None:
         super().__init__()
         self._inlined = {id(m) for m in inlined}
         self._ambient = _ambient()
+        self._root, self.recorder = root, Recorder(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) not in self._inlined
 
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        fn, placeholders = super().create_args_for_root(root_fn, *args, **kwargs)
+        return self._followed(fn), placeholders
+
+    def _followed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            with self.recorder.switched(True):
+                return forward(*args, **kwargs)
+
+        return followed
+
+    # torch.fx has every thread's modules call these two
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.recorder.is_here():
+            return forward(*args, **kwargs)
+        with self.recorder.switched(False):  # and no hook sees a Proxy
+            return super().call_module(m, self._followed(m.forward), args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self.recorder.is_here():
+            return attr_val
+        with self.recorder.switched(False):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return super().call_module(m, m.forward, args, kwargs)  # no hook sees a Proxy
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        with self.recorder.switched(False):
+            if kind in ("call_module", "get_attr"):
+                self.recorder.note_path(target)
+            return super().create_proxy(kind, target, *args, **kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self._ambient:
@@ -82,6 +117,24 @@ class _Tracer(fx.Tracer):
             raise Untraceable("it passes a module to a function")
         return super().create_arg(a)
 
+    def followed_graph(self) -> fx.Graph:
+        """What the forward of the root does.
+
+        Raises:
+            Untraceable: with the reason.
+        """
+        try:
+            with self.recorder.listening():
+                graph = self.trace(self._root)
+        except Untraceable:
+            raise
+        except Unwatchable as error:
+            raise Untraceable(str(error)) from None
+        except Exception as error:  # of a user's forward, which had a Proxy in its hands
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise Untraceable(f"its forward cannot be followed: {first}") from None
+        return graph
+
 
 def _ambient() -> tuple[Any, ...]:
     """What surrounds an operation and is not part of it."""
@@ -92,37 +145,82 @@ def _ambient() -> tuple[Any, ...]:
     return (*modes, *autocasts, id(hooks) if hooks is None else tuple(map(id, hooks)))
 
 
+class Followed(NamedTuple):
+    """What came of following a forward: a Program, or why there is none, and what it read."""
+
+    program: Program | str
+    reads: Reads
+    state: tuple[Any, ...]
+
+
+_ONE_AT_A_TIME = threading.RLock()  # torch.fx changes nn.Module while it follows
+
+
 def trace(
     root: nn.Module,
     inlined: Iterable[tuple[str, nn.Module]],
     functions: dict[str, Callable[..., Any]],
-) -> Program:
+) -> Followed:
     """The Program of a module of a fused class, whose forward takes and gives one tensor.
 
     Args:
         inlined: (path, module) of descendants whose forwards are followed too; the others are
             called as they are.
         functions: takes what the Program calls by name.
-
-    Raises:
-        Untraceable: with the reason.
     """
     inside = list(inlined)
-    drawn = random.getstate(), torch.random.get_rng_state()
-    try:
-        graph = _Tracer(m for _, m in inside).trace(root)
-    except Untraceable:
-        raise
-    except Exception as error:  # of a user's forward, which had a Proxy in its hands
-        first = str(error).strip().partition("\n")[0]
-        raise Untraceable(f"its forward cannot be followed: {first or type(error).__name__}") from (
-            None
-        )
-    if drawn[0] != random.getstate() or not torch.equal(drawn[1], torch.random.get_rng_state()):
-        random.setstate(drawn[0])
-        torch.random.set_rng_state(drawn[1])
-        raise Untraceable("its forward draws random numbers itself")
-    return _Reading(root, graph, [path for path, _ in inside], functions).program()
+    with _ONE_AT_A_TIME:
+        tracer, before, drawn = _Tracer(root, (m for _, m in inside)), Before(root), _drawn()
+        program: Program | str = ""
+        try:
+            graph = tracer.followed_graph()
+        except Untraceable as error:
+            program = str(error)
+        finally:
+            if before.restore():
+                program = "its forward changes attributes"
+            if _put_back(drawn):
+                program = "its forward draws random numbers itself"
+        try:
+            if not program:
+                program = _Reading(root, graph, [path for path, _ in inside], functions).program()
+        except Untraceable as error:
+            program = str(error)
+        reads = tracer.recorder.reads()
+        try:
+            found = state(root, reads)
+        except Unwatchable as error:
+            program, reads, found = str(error), (), state(root, ())
+    return Followed(program, reads, found)
+
+
+def _put_back(drawn: list[tuple[Any, Any, Any]]) -> bool:
+    """Set the generators back; whether any had moved."""
+    moved = [(set_back, was) for ask, set_back, was in drawn if not _same(ask(), was)]
+    for set_back, was in moved:
+        set_back(was)
+    return bool(moved)
+
+
+def _drawn() -> list[tuple[Any, Any, Any]]:
+    """Of each generator of random numbers: what asks for its state, what sets it, and its state."""
+    asked: list[tuple[Any, Any]] = [
+        (random.getstate, random.setstate),
+        (torch.random.get_rng_state, torch.random.set_rng_state),
+    ]
+    if torch.cuda.is_initialized():
+        asked.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    if "numpy" in sys.modules:
+        numpy: Any = sys.modules["numpy"]
+        asked.append((numpy.random.get_state, numpy.random.set_state))
+    return [(ask, set_back, ask()) for ask, set_back in asked]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    same = a == b
+    return same if isinstance(same, bool) else bool(same.all())
 
 
 class _Reading:
@@ -160,7 +258,7 @@ class _Reading:
             if node.op == "call_module" and isinstance(self._called(node), nn.Conv2d):
                 self._find_convolution(node, anchored)
         for node in self._nodes:
-            if node not in self._absorbed and _is_add(node) and len(node.users) == 1:
+            if node not in self._absorbed and self._adds(node) and len(node.users) == 1:
                 (user,) = node.users
                 if self._is_relu(user) and user not in self._absorbed:
                     self._join(node, user, anchored)
@@ -201,6 +299,25 @@ class _Reading:
             return node.target in ("relu", "relu_")
         return self._module(node, nn.ReLU) is not None
 
+    def _adds(self, node: fx.Node) -> bool:
+        """Whether a node adds two values, and changes none that somebody else may hold."""
+        first = node.args[0] if _is_add(node) else None
+        if not isinstance(first, fx.Node) or not self._changes(node):
+            return first is not None
+        return first.op == "call_module" or self._is_relu(first)
+
+    def _joins(self, conv: fx.Node, add: fx.Node) -> bool:
+        """Whether an add can take a convolution in, which then runs in its place: not where what is
+        called before may change the convolution's input.
+        """
+        if not self._adds(add):
+            return False
+        between = self._nodes[self._nodes.index(conv) + 1 : self._nodes.index(add)]
+        readers = [n for n in between if conv.args[0] in n.all_input_nodes]
+        return all(
+            n.op == "call_module" and isinstance(self._called(n), nn.Conv2d) for n in readers
+        )
+
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -222,7 +339,7 @@ class _Reading:
             return
         nodes, residual, relu, pool = [node, norm], None, None, None
         behind = self._only_user(norm)
-        if behind is not None and _is_add(behind) and behind not in self._absorbed:
+        if behind is not None and behind not in self._absorbed and self._joins(node, behind):
             residual = next(a for a in behind.args if a is not norm)
             nodes.append(behind)
         relu = self._only_user(nodes[-1])
@@ -253,6 +370,7 @@ class _Reading:
                 None if pool is None else str(pool.target),
                 False,
                 None,
+                False,
                 False,
             )
 
@@ -382,10 +500,21 @@ def _connected(steps: list[Step], output: int) -> Iterable[Step]:
                 shared=bool(later),
                 reader=_only_convolution(steps, later, step.input),
                 ends=step.residual is not None or _joins(steps, readers.get(step.out, [])),
+                settles=_called_later(steps, readers, step.residual, i),
             )
         elif isinstance(step, Call) and step.kind == "module" and step.is_plain():
-            step = step._replace(hands_over=_hand_over(steps, readers.get(step.out, []), step.out))
+            changes = _called_later(steps, readers, step.args[0].value, i)
+            handed = "no" if changes else _hand_over(steps, readers.get(step.out, []), step.out)
+            step = step._replace(hands_over=handed)
         yield step
+
+
+def _called_later(
+    steps: list[Step], readers: dict[int, list[int]], value: int | None, i: int
+) -> bool:
+    """Whether a value is given to something that is called later, and may change it in place."""
+    later = [] if value is None else [j for j in readers[value] if i < j < len(steps)]
+    return any(isinstance(steps[j], Call) for j in later)
 
 
 def _joins(steps: list[Step], readers: list[int]) -> bool:

@@ -159,8 +159,8 @@ class ConvBNFunction(torch.autograd.Function):
             constant.append(emitted)  # nothing in front of it wants the gradient
             constant += [] if sampled is None else [sampled]
         ctx.mark_non_differentiable(*constant)
+        ctx.memory_format = memory_format_of(y)  # Dynamo cannot tell it in backward
         ctx.config = config._replace(packed=None)  # freed with what is saved, not with the node
-        ctx.memory_format = memory_format_of(y)
         ctx.parameters = dtype_of(bn_weight), dtype_of(bn_bias)
         sums = mean.new_empty(2, mean.size(0))
         return y, sums, mean, scale, bias, emitted, unmasked, sampled
@@ -186,13 +186,16 @@ class ConvBNFunction(torch.autograd.Function):
         )
         config: _Config = ctx.config
         x, x_mean, _, _, _, res_mean, _, _ = source
-        # of what is not forward's own, Dynamo knows no strides
-        memory_format = ctx.memory_format if torch.compiler.is_compiling() else memory_format_of(x)
+        recorded = torch.compiler.is_compiling()
+        memory_format = ctx.memory_format if recorded else memory_format_of(x)
         if config.recompute:
-            y = _recomputed(source, weight, packed, mean, rstd, config)
-            g, sums = _with_sums(g, y, mean, memory_format, config.backend)
-        own = (y, mean, scale, bias)
-        g, sums, y_bias = _gradient(g, unmasked, sums, own, memory_format, config.backend)
+            assert g is not None  # of ValueFunction, which brings no sums
+            y, y_bias = _recomputed(source, weight, packed, mean, rstd, config), None
+            g = contract.dense(g, memory_format)
+            _, sums, _ = torch.ops.fusedres.bn_act_bwd(g, None, y, mean, None, None, config.backend)
+        else:
+            own = (y, mean, scale, bias)
+            g, sums, y_bias = _gradient(g, unmasked, sums, own, memory_format, config.backend)
         grad_a = _of_emitted(grad_a, sampled, x, memory_format, config)
         needs = ctx.needs_input_grad
         need_input, need_weight = any(needs[i] for i in (0, 5, 10, 11)), needs[12]
@@ -261,17 +264,6 @@ def _recomputed(
     return torch.ops.fusedres.conv_bn_fwd(*source, config.relu, *conv, *norm, config.backend, plan)[
         0
     ]
-
-
-def _with_sums(
-    g: Tensor | None, y: Tensor, mean: Tensor, memory_format: torch.memory_format, backend: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """A gradient that came alone, and its sums."""
-    if g is None:
-        return None, None
-    g = contract.dense(g, memory_format)
-    _, sums, _ = torch.ops.fusedres.bn_act_bwd(g, None, y, mean, None, None, backend)
-    return g, sums
 
 
 def _carrier(like: Tensor) -> Tensor:
