@@ -25,7 +25,7 @@ from fusedres import use_backend, use_plan
 from fusedres._conv import Conv
 from fusedres._plans import DATAFLOWS
 from fusedres._tensors import INTERPRETED
-from fusedres.models import stages
+from fusedres.models import resnet, stages
 from fusedres.ops import batch_norm, bn_act
 from fusedres.ops._packed import PackedWeights, packed_weights, packing
 from fusedres.testing import CHANNELS_LAST, Maker, check_case, run
@@ -61,7 +61,7 @@ def test_a_small_resnet_equals_the_reference(
     statistics to 1e-10.
     """
     monkeypatch.setattr(stages, "_PLANES", (8, 8, 16, 16))
-    monkeypatch.setitem(resnet._DEPTHS, 50, (2, 2, 1, 1))
+    monkeypatch.setitem(stages._DEPTHS, 50, (2, 2, 1, 1))
     model = fusedres.FusedResNet50(5, variant=variant).double().to(memory_format=CHANNELS_LAST)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -579,7 +579,7 @@ def test_casts_follow_their_weights() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_autocast_equals_casts_by_hand(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_PLANES", (8, 8, 8, 8))
-    monkeypatch.setitem(resnet._DEPTHS, 50, (1, 1, 1, 1))
+    monkeypatch.setitem(stages._DEPTHS, 50, (1, 1, 1, 1))
     model = fusedres.FusedResNet50(3)
     x = torch.randn(2, 3, 32, 32)
     results = []

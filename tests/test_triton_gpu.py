@@ -19,7 +19,7 @@ import fusedres
 from fusedres import Deferred, use_backend, use_plan
 from fusedres._plan_table import Shape
 from fusedres._plans import DATAFLOWS
-from fusedres.models import resnet
+from fusedres.models import stages
 from fusedres.ops import conv_bn
 from fusedres.testing import (
     CHANNELS_LAST,
@@ -170,8 +170,8 @@ def test_plans_with_options(layer: Layer, plan: str) -> None:
 @pytest.mark.parametrize("name", DATAFLOWS)
 def test_dataflows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network in fp64 equals the reference."""
-    monkeypatch.setattr(resnet, "_WIDTHS", (64, 64, 64, 64))
-    monkeypatch.setitem(resnet._DEPTHS, 50, (2, 1, 1, 1))
+    monkeypatch.setattr(stages, "_PLANES", (64, 64, 64, 64))
+    monkeypatch.setitem(stages._DEPTHS, 50, (2, 1, 1, 1))
     model = fusedres.FusedResNet50(10).cuda().double().to(memory_format=CHANNELS_LAST)
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64, device="cuda")
     found = []
