@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fusedres import ConvBlock, IdentityBlock, fuse, use_backend
-from fusedres.nn import BasicBlock, Stage
+from fusedres import ConvBlock, ConvBNReLU, IdentityBlock, fuse, use_backend
+from fusedres.nn import Stage
 from fusedres.nn.blocks import set_memory
 from fusedres.testing import CHANNELS_LAST, serving_backends
 
@@ -41,7 +41,7 @@ def block() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "stage": (stage, 32),
     "block": (block, 32),
-    "basic": (lambda: Stage(BasicBlock(8, 8)), 8),
+    "layer": (lambda: Stage(ConvBNReLU(8, 8, 3, padding=1)), 8),
     "fused": (lambda: fuse(Small()), 3),
     "recompute": (lambda: fuse(Small(), memory="recompute"), 3),
 }
@@ -112,7 +112,7 @@ def test_dynamic_shapes_modes_and_backends() -> None:
     """dynamic=True compiles a first batch, of whatever BatchNorm, twice: a size that is a number to
     it becomes a constant then. No other batch does; another mode and another backend do once.
     """
-    eager = made("basic")
+    eager = made("layer")
     model, counter = copy.deepcopy(eager), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     counts = []
@@ -122,7 +122,7 @@ def test_dynamic_shapes_modes_and_backends() -> None:
     ]:
         model.train(training), eager.train(training)
         for batch in (2, 3, 5):
-            x = images("basic", batch)
+            x = images("layer", batch)
             with use_backend(backend):
                 assert_equal(step(model, compiled, x), step(eager, eager, x))
             counts.append(counter.frame_count)

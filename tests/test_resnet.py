@@ -346,6 +346,7 @@ def test_autocast_casts_a_changed_weight_anew() -> None:
         assert torch.equal(run(), after)
 
 
+@pytest.mark.slow  # test_compile.py has smaller models
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_compiles_without_a_graph_break(backend: str) -> None:
     model = fusedres.resnet18(4)
@@ -359,15 +360,6 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
     for (name, b), c in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(b, c, msg=name)
-
-
-def test_compiles_with_a_dynamic_batch() -> None:
-    block = fusedres.ConvBlock(8, (4, 4, 16)).double()
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n in (2, 3, 5):
-        x = torch.randn(n, 8, 6, 6, dtype=torch.float64)
-        block.eval()
-        torch.testing.assert_close(compiled(x), block(x))
 
 
 def test_a_traced_network_can_be_saved(tmp_path: Path) -> None:
