@@ -12,6 +12,7 @@ import ast
 import contextlib
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -203,11 +204,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
         monkeypatch.setattr(room, "require", lambda: extension)
     with contextlib.suppress(ImportError):
         from fusedres.triton_kernels import _args as triton_args
-        from fusedres.triton_kernels import _configs, _launch
 
         monkeypatch.setitem(triton_args.check.keywords, "devices", ("cuda", "cpu"))
-        monkeypatch.setattr(_configs, "arch_of", lambda device: 90)
-        monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+        for op in backends.OPS:  # all of them import what is replaced here
+            backends.kernels("triton", op)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fusedres.triton_kernels"):
+                for asked, answer in (("arch_of", 90), ("multiprocessors", 132)):
+                    if hasattr(module, asked):
+                        monkeypatch.setattr(module, asked, lambda _, answer=answer: answer)
     backends._choose.cache_clear()
     yield extension
     backends._choose.cache_clear()
