@@ -253,8 +253,10 @@ def test_a_new_classifier_starts_as_the_constructors(variant: str) -> None:
 
 def test_a_new_classifier_by_an_initializer_of_ones_own() -> None:
     model = fusedres.resnet18(5, initializer=lambda w: nn.init.constant_(w, 0.25))
+    assert (model.fc.weight == 0.25).all() and not model.fc.bias.any()
+    model = pickle.loads(pickle.dumps(model))  # so it keeps no function
     model.reset_classifier(2)
-    assert (model.fc.weight == 0.25).all() and not model.fc.bias.any() and model.fc.training
+    assert model.fc.weight.std() > 0.01 and model.fc.bias.any() and model.fc.training
 
 
 def test_no_classifier_and_no_pool() -> None:

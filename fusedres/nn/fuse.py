@@ -38,6 +38,7 @@ from fusedres.nn.layers import is_untouched, plain_reason, touched
 from fusedres.nn.program import Add, Program, at
 from fusedres.nn.reads import Reads, Unwatchable, look, numbers_in, state
 from fusedres.nn.tracing import Followed, trace
+from fusedres.ops._contract import exporting
 
 
 def fuse(model: nn.Module, *, inplace: bool = False, memory: str | None = None) -> nn.Module:
@@ -145,8 +146,8 @@ class FusedByProgram(FusedModule):
 
     def forward(self, *args: Any, defer: bool = False, **kwargs: Any) -> Any:
         """As the class's own; one tensor alone runs through fused ops."""
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if torch.compiler.is_compiling():
+        x = args[0] if len(args) == 1 and not kwargs and not exporting() else None
+        if isinstance(x, Tensor | Deferred) and torch.compiler.is_compiling():
             look(self, *_read_by(self))
         if not isinstance(x, Tensor | Deferred) or self.runs_plainly():
             return super().forward(*(as_tensor(a) for a in args), **kwargs)
