@@ -203,6 +203,10 @@ def _convolved(a: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     if tuple(weight.shape[2:]) == (1, 1):  # as in fusedres.reference.conv_bn
         read = F.pad(a, (left, right, top, bottom))[:, :, :: conv.stride[0], :: conv.stride[1]]
         return F.conv2d(read, weight, None, 1, 0, conv.dilation, conv.groups)
+    if conv.gives_a_column(a.shape, weight.shape):  # as there, too
+        padded = F.pad(a, (left, right, top, bottom))
+        read = padded[..., : conv.dilation[1] * (weight.size(3) - 1) + 1]
+        return F.conv2d(read, weight, None, (conv.stride[0], 1), 0, conv.dilation, conv.groups)
     if conv.even_padding() and a.size(3) >= conv.stride[1]:  # as in fusedres.library.conv_bn
         return F.conv2d(a, weight, None, conv.stride, (top, left), conv.dilation, conv.groups)
     padded = F.pad(a, (left, right, top, bottom))

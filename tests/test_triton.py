@@ -28,9 +28,7 @@ pytestmark = pytest.mark.skipif(
 ELSE = "triton and not nchw and not gradcheck"
 SUITES = {  # a name: the file, and what of it
     "in_interpreter, networks": ("in_interpreter", "small_resnet and (split or fused_1x1)"),
-    "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
     "in_interpreter_dataflows": ("in_interpreter_dataflows", ""),
-    "in_interpreter_spatial": ("in_interpreter_spatial", "not three_way"),
     "in_interpreter_tune": ("in_interpreter_tune", ""),
     "in_interpreter_merged": ("in_interpreter_merged", "not (half or three_way)"),
     "test_bn_act": ("test_bn_act", ELSE),
@@ -38,6 +36,8 @@ SUITES = {  # a name: the file, and what of it
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
 SLOW = {
+    "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
+    "in_interpreter_spatial": ("in_interpreter_spatial", "not three_way"),
     "in_interpreter, other dataflows": (
         "in_interpreter",
         "small_resnet and not (split or fused_1x1)",
