@@ -232,7 +232,7 @@ def test_masks_of_half_types(source: str, merged: Merged) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_rounds_as_two_kernels_do(source: str, emit: bool, dtype: torch.dtype) -> None:
     """g_in differs where a sum in another order rounds to its neighbour; the mask never does. In
-    fp32 how many do is up to the machine's products.
+    fp32, where a sum may round at each of its steps, every element is within a few of them.
     """
     o = Operands(source, (3, 40, 7, 9), 24, dtype, emit=emit, gmask=True)
     truth = o.two()
@@ -240,7 +240,9 @@ def test_rounds_as_two_kernels_do(source: str, emit: bool, dtype: torch.dtype) -
     found = o.one()
     assert torch.equal(found["g_in"] == 0, truth["g_in"] == 0)
     same = (found["g_in"] == truth["g_in"]).float().mean()
-    assert same > 0.98 or dtype == torch.float32, float(same)
+    assert same > (0.98 if dtype == torch.float16 else 0.2), float(same)
+    furthest = (found["g_in"].double() - truth["g_in"].double()).abs().max()
+    assert furthest <= 4 * torch.finfo(dtype).eps * truth["g_in"].abs().max(), float(furthest)
     for name, true in truth.items():
         off = (found[name].double() - true.double()).norm() / true.double().norm()
         assert off < FLOOR[dtype] / (10 if dtype == torch.float16 else 1), (name, float(off))
