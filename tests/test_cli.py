@@ -15,7 +15,7 @@ from torch import nn
 
 import fusedres
 from fusedres.cli import _digits, main
-from fusedres.nn import unfuse_in_place
+from fusedres.nn import unfuse
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXTRA = ("sklearn", "matplotlib", "tqdm")
@@ -143,8 +143,8 @@ def test_parity_sees_a_gradient_that_is_off(
     def unfuse_with_fault(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.register_hook(lambda gradient: gradient * (1 + off_by))
-        return unfuse_in_place(model)
+        return unfuse(model)
 
-    monkeypatch.setattr(_digits, "unfuse_in_place", unfuse_with_fault)
+    monkeypatch.setattr(_digits, "unfuse", unfuse_with_fault)
     digits = _digits.load(train=128, test=16)
     assert _digits.parity(digits, seed=0, device=torch.device("cpu")).passed is passes

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fusedres
 from fusedres import FusedResNet50, fuse, unfuse, use_backend
 from fusedres.nn.blocks import FusedModule, set_memory
+from fusedres.nn.fuse import FusedByProgram
 from fusedres.ops import conv_bn
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, assert_three_way, serving_backends
 
@@ -116,6 +117,18 @@ def test_recompute_compiles_in_one_graph(backend: str) -> None:
             found.append([x.grad, *(p.grad for p in run.parameters()), *run.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_computed_again_ends_a_branch() -> None:
+    """conv3 and the projection of each block; the 3x3 in the middle is not worth it."""
+    ends = {
+        step.conv.rpartition(".")[2] if "downsample" not in step.conv else "downsample"
+        for module in fuse(Small()).modules()
+        if isinstance(module, FusedByProgram)
+        for step in module.program().pairs()  # type: ignore[union-attr]
+        if step.ends
+    }
+    assert ends == {"conv3", "downsample"}
 
 
 def bytes_after_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> int:

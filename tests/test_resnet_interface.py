@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import ConvBlock, FusedResNet50, IdentityBlock, report, use_backend
 from fusedres.models import layer_names, summary
-from fusedres.nn import unfuse_in_place
+from fusedres.nn import unfuse
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, serving_backends
 
 BACKENDS = serving_backends()
@@ -613,7 +613,7 @@ def test_blocks(kind: str, backend: str) -> None:
     against one of an input that was padded by hand.
     """
     block = scattered(BLOCKS[kind]())
-    twin: Any = unfuse_in_place(copy.deepcopy(block))
+    twin: Any = unfuse(copy.deepcopy(block))
     x = torch.randn(2, 8, 9, 8, dtype=torch.float64)
     first: list[Tensor] = []
     second: list[Tensor] = []

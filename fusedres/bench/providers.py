@@ -40,7 +40,7 @@ from fusedres._tensors import autocast
 from fusedres.bench.harness import captured
 from fusedres.bench.measure import name_of, own_backends
 from fusedres.models import FusedResNet50
-from fusedres.nn import ConvBlock, IdentityBlock, report, unfuse_in_place
+from fusedres.nn import ConvBlock, IdentityBlock, report, unfuse
 
 COMPILED: dict[str, dict[str, Any]] = {
     "compile": {},
@@ -333,7 +333,7 @@ def _build(way: Way, work: Workload) -> tuple[nn.Module, Tensor, Tensor]:
         theirs.load_state_dict(model.state_dict())
         model = theirs
     elif way.model != "fusedres":
-        unfuse_in_place(model)
+        unfuse(model, inplace=True)
     wide = torch.float64 if work.dtype == torch.float64 else torch.float32
     memory_format = torch.contiguous_format if way.model == "eager-nchw" else torch.channels_last
     model = model.to(work.device, wide)

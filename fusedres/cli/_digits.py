@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedres.models import FusedResNet50
-from fusedres.nn import unfuse_in_place
+from fusedres.nn import unfuse
 from fusedres.training import Data, Preprocess, Recipe, Trainer
 from fusedres.training.data import ArrayPictures, Pictures
 from fusedres.training.data import load as load_data
@@ -104,7 +104,7 @@ def parity(digits: Data, seed: int, device: torch.device) -> Parity:
     """
     # No branch starts at zero, so that every parameter has a gradient from the first step on.
     fused = initial_model(seed, device, torch.float64, False)
-    unfused = unfuse_in_place(copy.deepcopy(fused))
+    unfused = unfuse(copy.deepcopy(fused))
     pairs = zip(_fp64_losses(fused, digits), _fp64_losses(unfused, digits), strict=True)
     off = [abs(ours - plain) / abs(plain) for ours, plain in pairs]
     return Parity(float(np.max(off)))  # NaN if one of them is

@@ -26,7 +26,7 @@ from fusedres.cli._command import Command, UserError
 from fusedres.cli._digits import Parity, Training
 from fusedres.cli._options import add_device, at_least
 from fusedres.cli._options import device as device_of
-from fusedres.nn import report, unfuse_in_place
+from fusedres.nn import report, unfuse
 from fusedres.training import Recipe
 from fusedres.training.figures import new_figure, save_figure
 from fusedres.training.files import write_atomically
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     with _timed(seconds, "data and model"):
         digits = _digits.load(scale.train_images, scale.test_images)
         fused = _digits.initial_model(args.seed, device, torch.float32, zero_init_residual=True)
-        unfused = unfuse_in_place(copy.deepcopy(fused))
+        unfused = unfuse(copy.deepcopy(fused))
     backend = _what_runs(fused, device, dtype)
     _say(
         f"FusedResNet50 on handwritten digits: {len(digits.train)} images of "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres.models.layer_names import layer_names
-from fusedres.nn import unfuse_in_place
+from fusedres.nn import unfuse
 
 # what a traced function, method or module is called in the table
 _KINDS = {
@@ -146,7 +146,7 @@ def summary(model: nn.Module, input_size: tuple[int, int, int], naming: str = "t
             f"{tuple(input_size)}"
         )
     names = {} if naming == "torch" else layer_names(model, naming)
-    plain = unfuse_in_place(copy.deepcopy(model).to("meta")).eval()
+    plain = unfuse(copy.deepcopy(model).to("meta")).eval()
     graph = fx.Tracer().trace(plain)
     shapes = _shapes(fx.GraphModule(plain, graph), (1, channels, height, width))
     name_of: dict[fx.Node, str] = {}

@@ -122,8 +122,7 @@ def _read_file(prefix: str, path: Path) -> Any:
     try:
         if path.suffix.lower() == ".safetensors":
             return _safetensors(prefix).load_file(path, device="cpu")
-        _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except ImportError:
         raise
     except FileNotFoundError:
@@ -131,8 +130,7 @@ def _read_file(prefix: str, path: Path) -> Any:
     except OSError as error:
         raise OSError(f"{prefix} cannot be read: {error.strerror or _line(error)}") from None
     except Exception as error:  # whatever a hostile or damaged file makes of the reader
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        detail = f"it wants {wanted[1]}" if wanted else _line(error)
+        detail = wanted_by(error) or _line(error)
         raise ValueError(
             f"{prefix} is refused: not a whole file of tensors and plain data ({detail}); nothing "
             f"in it was executed; {ACCEPTED}"
@@ -148,15 +146,30 @@ def _safetensors(prefix: str) -> Any:
         ) from None
 
 
-def _check_archive(path: Path) -> None:
-    """See that a zip file is what was written, where it says so: torch looks at no checksum."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        summed = any(entry.CRC for entry in archive.infolist())  # torch can leave them out
-        broken = archive.testzip() if summed else None
-    if broken is not None:
-        raise ValueError(f"damaged: {broken} in it is not what was written")
+class DamagedFileError(ValueError):
+    """A file that is not what was written."""
+
+
+def load_plain(path: Path) -> Any:
+    """Tensors and plain data from a file of torch's, onto the CPU; nothing in it is executed.
+
+    Raises:
+        DamagedFileError: its checksums, which torch does not look at, are not those of its content.
+        Exception: whatever a missing, hostile or damaged file makes of the reader.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            summed = any(entry.CRC for entry in archive.infolist())  # torch can leave them out
+            broken = archive.testzip() if summed else None
+        if broken is not None:
+            raise DamagedFileError(f"damaged: {broken} in it is not what was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def wanted_by(error: Exception) -> str | None:
+    """What a pickle wanted beside tensors and plain data, where torch's refusal names it."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it wants {found[1]}" if found else None
 
 
 def _state_of(prefix: str, content: Any) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from fusedres.nn.blocks import (
     ConvBNReLU,
     IdentityBlock,
     Stage,
-    unfuse_in_place,
 )
 from fusedres.nn.fuse import fuse, unfuse
 from fusedres.nn.report import report
@@ -22,5 +21,4 @@ __all__ = [
     "fuse",
     "report",
     "unfuse",
-    "unfuse_in_place",
 ]

@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,10 +219,11 @@ class _ResidualBlock(_Block):
             x = x.value()
         emit: Any = (self.downsample and sampling(x, self.downsample[0])) or True  # type: ignore[arg-type]
         h, a = apply_conv_bn(x, self.conv1, self.bn1, padding=self.conv_padding(1), emit=emit)
-        shortcut: Any = a
+        shortcut = a
         recompute = self.memory == "recompute"
         if self.downsample is not None:
-            conv, bn = cast(tuple[nn.Conv2d, nn.BatchNorm2d], tuple(self.downsample))
+            pair: Any = self.downsample
+            conv, bn = pair
             shortcut = apply_conv_bn(a, conv, bn, relu=False, recompute=recompute)
         for i in range(2, self.depth + 1):
             last = i == self.depth
@@ -503,14 +504,6 @@ def set_memory(model: nn.Module, memory: str) -> None:
     for module in model.modules():
         if isinstance(module, FusedModule) and module.memory != memory:
             module.memory = memory
-
-
-def unfuse_in_place(model: nn.Module) -> nn.Module:
-    """The same model, with the children of its fused modules called one by one from now on."""
-    for module in model.modules():
-        if isinstance(module, FusedModule):
-            module.fused = False
-    return model
 
 
 def _projection(

@@ -4,7 +4,7 @@ fuse.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,58 +136,6 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     return height, height, width, width
 
 
-@overload
-def apply_conv_bn(
-    input: Tensor | Deferred | Sampled,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    *,
-    relu: bool = ...,
-    residual: Tensor | Deferred | None = ...,
-    padding: tuple[int, int, int, int] | None = ...,
-    emit: Literal[False] = ...,
-) -> Deferred: ...
-
-
-@overload
-def apply_conv_bn(
-    input: Tensor | Deferred | Sampled,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    *,
-    relu: bool = ...,
-    residual: Tensor | Deferred | None = ...,
-    padding: tuple[int, int, int, int] | None = ...,
-    emit: Literal[True],
-) -> tuple[Deferred, Tensor]: ...
-
-
-@overload
-def apply_conv_bn(
-    input: Tensor | Deferred | Sampled,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    *,
-    relu: bool = ...,
-    residual: Tensor | Deferred | None = ...,
-    padding: tuple[int, int, int, int] | None = ...,
-    emit: tuple[int, int],
-) -> tuple[Deferred, Sampled]: ...
-
-
-@overload
-def apply_conv_bn(
-    input: Tensor | Deferred | Sampled,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    *,
-    relu: bool = ...,
-    residual: Tensor | Deferred | None = ...,
-    padding: tuple[int, int, int, int] | None = ...,
-    recompute: bool,
-) -> Deferred | Tensor: ...
-
-
 def apply_conv_bn(
     input: Tensor | Deferred | Sampled,
     conv: nn.Conv2d,
@@ -198,11 +146,11 @@ def apply_conv_bn(
     padding: tuple[int, int, int, int] | None = None,
     emit: bool | tuple[int, int] = False,
     recompute: bool = False,
-) -> Deferred | Tensor | tuple[Deferred, Tensor | Sampled]:
-    """conv_bn with the parameters, statistics and mode of two modules, as if called."""
-    options = _options(conv, bn, padding) | {"residual": residual, "relu": relu, "emit": emit}
-    options["recompute"] = recompute
-    result: Any = conv_bn(input, conv.weight, **options)
+) -> Any:
+    """conv_bn with the parameters, statistics and mode of two modules, as if called; its result."""
+    options = _options(conv, bn, padding) | {"residual": residual, "relu": relu}
+    options |= {"emit": emit, "recompute": recompute}
+    result = conv_bn(input, conv.weight, **options)
     _count(bn)
     return result
 

@@ -58,7 +58,7 @@ class ConvBN(NamedTuple):
         residual = None if self.residual is None else self._residual(values)
         if self.residual == self.input:
             source = residual
-        if residual is not None and not _joins(residual, source, conv):
+        if residual is not None and not _alike(residual, source, conv):
             h = self._apply(owner, values, source, conv, bn, None, False)
             parts = (t.value() if isinstance(t, Deferred) else t for t in (h, residual))
             h = next(parts) + next(parts)
@@ -99,7 +99,7 @@ class ConvBN(NamedTuple):
 
 
 class Add(NamedTuple):
-    """relu(a + b) of two values of which no convolution takes the one in."""
+    """relu(a + b), where neither is of a convolution that could take the other in."""
 
     out: int
     frees: tuple[int, ...]
@@ -229,7 +229,7 @@ def _filled(arguments: Any, values: Values) -> Any:
     return arguments
 
 
-def _joins(
+def _alike(
     residual: Tensor | Deferred, source: Tensor | Deferred | Sampled, conv: nn.Conv2d
 ) -> bool:
     """Whether a residual is added without broadcasting or promotion of dtypes."""

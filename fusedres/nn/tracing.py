@@ -499,7 +499,8 @@ def _connected(steps: list[Step], output: int) -> Iterable[Step]:
             step = step._replace(
                 shared=bool(later),
                 reader=_only_convolution(steps, later, step.input),
-                ends=step.residual is not None or _joins(steps, readers.get(step.out, [])),
+                ends=step.residual is not None
+                or _only_added(steps, readers.get(step.out, []), step.out),
                 settles=_called_later(steps, readers, step.residual, i),
             )
         elif isinstance(step, Call) and step.kind == "module" and step.is_plain():
@@ -517,10 +518,10 @@ def _called_later(
     return any(isinstance(steps[j], Call) for j in later)
 
 
-def _joins(steps: list[Step], readers: list[int]) -> bool:
+def _only_added(steps: list[Step], readers: list[int], value: int) -> bool:
     """Whether a value is read by a residual add and nothing else."""
     reader = steps[readers[0]] if len(readers) == 1 and readers[0] < len(steps) else None
-    return isinstance(reader, Add) or (isinstance(reader, ConvBN) and reader.residual is not None)
+    return isinstance(reader, Add) or (isinstance(reader, ConvBN) and reader.residual == value)
 
 
 def _only_convolution(steps: list[Step], later: list[int], value: int) -> str | None:

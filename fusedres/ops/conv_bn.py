@@ -5,7 +5,7 @@ behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -364,6 +364,21 @@ def check_conv(
     return w, conv.reduced(x.shape, w.shape)
 
 
+class _Options(TypedDict, total=False):
+    """Arguments that say nothing of what conv_bn returns."""
+
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int] | tuple[int, int, int, int]
+    dilation: int | tuple[int, int]
+    groups: int
+    training: bool
+    momentum: float | Tensor
+    eps: float
+    residual: Tensor | Deferred | None
+    relu: bool
+    sync: ProcessGroup | None
+
+
 @overload
 def conv_bn(
     input: Tensor | Deferred | Sampled,
@@ -373,18 +388,9 @@ def conv_bn(
     running_mean: Tensor | None = ...,
     running_var: Tensor | None = ...,
     *,
-    stride: int | tuple[int, int] = ...,
-    padding: int | tuple[int, int] | tuple[int, int, int, int] = ...,
-    dilation: int | tuple[int, int] = ...,
-    groups: int = ...,
-    training: bool = ...,
-    momentum: float | Tensor = ...,
-    eps: float = ...,
-    residual: Tensor | Deferred | None = ...,
-    relu: bool = ...,
-    sync: ProcessGroup | None = ...,
     emit: Literal[False] = ...,
     recompute: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> Deferred: ...
 
 
@@ -397,17 +403,8 @@ def conv_bn(
     running_mean: Tensor | None = ...,
     running_var: Tensor | None = ...,
     *,
-    stride: int | tuple[int, int] = ...,
-    padding: int | tuple[int, int] | tuple[int, int, int, int] = ...,
-    dilation: int | tuple[int, int] = ...,
-    groups: int = ...,
-    training: bool = ...,
-    momentum: float | Tensor = ...,
-    eps: float = ...,
-    residual: Tensor | Deferred | None = ...,
-    relu: bool = ...,
-    sync: ProcessGroup | None = ...,
     recompute: Literal[True],
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -420,17 +417,8 @@ def conv_bn(
     running_mean: Tensor | None = ...,
     running_var: Tensor | None = ...,
     *,
-    stride: int | tuple[int, int] = ...,
-    padding: int | tuple[int, int] | tuple[int, int, int, int] = ...,
-    dilation: int | tuple[int, int] = ...,
-    groups: int = ...,
-    training: bool = ...,
-    momentum: float | Tensor = ...,
-    eps: float = ...,
-    residual: Tensor | Deferred | None = ...,
-    relu: bool = ...,
-    sync: ProcessGroup | None = ...,
     emit: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Deferred, Tensor]: ...
 
 
@@ -443,17 +431,8 @@ def conv_bn(
     running_mean: Tensor | None = ...,
     running_var: Tensor | None = ...,
     *,
-    stride: int | tuple[int, int] = ...,
-    padding: int | tuple[int, int] | tuple[int, int, int, int] = ...,
-    dilation: int | tuple[int, int] = ...,
-    groups: int = ...,
-    training: bool = ...,
-    momentum: float | Tensor = ...,
-    eps: float = ...,
-    residual: Tensor | Deferred | None = ...,
-    relu: bool = ...,
-    sync: ProcessGroup | None = ...,
     emit: tuple[int, int],
+    **options: Unpack[_Options],
 ) -> tuple[Deferred, Sampled]: ...
 
 

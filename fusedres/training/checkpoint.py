@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import nn
 
 from fusedres import models
 from fusedres._version import __version__
+from fusedres.models.weights import DamagedFileError, load_plain, wanted_by
 from fusedres.training.files import CheckpointError, one_line, write_atomically
 from fusedres.training.preprocess import Preprocess
 from fusedres.training.recipe import Recipe
@@ -100,20 +99,18 @@ class Checkpoint:
         """
         path = path / FILE if path.is_dir() else path
         try:
-            with zipfile.ZipFile(path) as archive:  # torch looks at no checksum
-                broken = archive.testzip()
-            if broken is not None:
-                raise CheckpointError(f"{path}: damaged: {broken} in it is not what was written")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except CheckpointError:
-            raise
+            content = load_plain(path)
+        except DamagedFileError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such checkpoint") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
         except Exception as error:  # whatever a hostile or damaged file makes of the reader
+            wanted = wanted_by(error)
             raise CheckpointError(
-                f"{path}: refused: not a whole file of tensors and plain data{_detail(error)}"
+                f"{path}: refused: not a whole file of tensors and plain data"
+                + (f" ({wanted})" if wanted else "")
             ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{path}: not a checkpoint of fusedres train ({FORMAT!r})")
@@ -160,9 +157,3 @@ class Checkpoint:
         # a Trainer loads it, behind its optimizer's back
         model.load_state_dict(dict(self.state["model"]), assign=True)
         return model.eval()
-
-
-def _detail(error: Exception) -> str:
-    """What torch's refusal names as not allowed, if it does."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return f" (it wants {found[1]})" if found else ""
