@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from plain_resnet import PlainBottleneck
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
@@ -898,6 +899,44 @@ def test_threads_may_run_while_another_follows() -> None:
     for thread in threads:
         thread.join()
     assert not errors and vars(nn.Module) == before
+
+
+def test_buffers_move_when_it_runs_and_not_when_it_is_followed() -> None:
+    class Seen(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(1)  # type: ignore[operator]
+            return self.body(x)
+
+    plain, x = Seen().double(), image("chain")
+    fused: Any = fuse(copy.deepcopy(plain))
+    assert isinstance(fused, FusedByProgram) and not fused.seen.any()
+    assert_close(two_steps(fused, x), two_steps(plain, x))
+    assert (fused.seen == 2).all()
+
+
+def test_what_nobody_reads_any_more_is_freed() -> None:
+    """In inference, where autograd keeps nothing."""
+
+    class Probe(nn.Module):
+        given: ClassVar[list[StorageWeakRef]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            alive.append(sum(not given.expired() for given in self.given))
+            out = x.clone()
+            self.given.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+    alive: list[int] = []
+    model = nn.Sequential(*(part for _ in range(4) for part in (Layer(8, 8), Probe())))
+    fused = fuse(model.double())
+    assert isinstance(fused, FusedByProgram)
+    with torch.no_grad():
+        fused(image("chain"))
+    assert alive == [0, 0, 0, 0]
 
 
 def test_a_sequential_can_be_sliced_and_extended() -> None:
