@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from test_conv_bn import SOURCES, Chain
 from test_conv_bn_relu_maxpool import Stem
+from test_resnet import test_gradients_per_sample  # noqa: F401  (a test here, too)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_launches import dry, model_step, stem_step

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fusedres import Deferred, use_backend, use_plan
 from fusedres import backends as registry
+from fusedres._conv import Conv
+from fusedres.library import conv_bn as library
 from fusedres.ops import bn_act, conv_bn
 from fusedres.testing import (
     CHANNELS_LAST,
@@ -371,6 +373,16 @@ def test_transforms_of_torch_func_are_refused(backend: str) -> None:
             transform()
         with use_backend("reference"):
             transform()
+
+
+def test_an_empty_batch_of_another_dtype_is_refused_as_a_full_one_is() -> None:
+    weight, conv = torch.randn(5, 3, 1, 1), Conv((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    for n in (0, 2):
+        x, dy = torch.zeros(n, 3, 4, 4, dtype=torch.int32), torch.zeros(n, 5, 4, 4)
+        with pytest.raises((TypeError, RuntimeError)):
+            library.convolution(x, weight, conv, CONTIGUOUS)
+        with pytest.raises((TypeError, RuntimeError)):
+            library.convolution_backward(dy, x, weight, conv, True, True)
 
 
 @pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres import FusedResNet50, backends, report, use_backend
+from fusedres.models import stages
 from fusedres.nn.blocks import FusedModule, packed
 from fusedres.ops import _packed
 from fusedres.testing import CHANNELS_LAST, CONTIGUOUS, assert_three_way, serving_backends
@@ -388,3 +389,25 @@ def test_backward_needs_four_fifths_of_the_memory(dtype: torch.dtype) -> None:
         found.append(live.bytes(model, images))
         assert logits.requires_grad  # until here it holds what backward needs
     assert 0.7 * found[0] < found[1] <= 0.8 * found[0]
+
+
+def test_gradients_per_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch.func, which goes through the reference."""
+    monkeypatch.setattr(stages, "_PLANES", (8, 8, 16, 16))
+    monkeypatch.setitem(stages._DEPTHS, 50, (1, 1, 1, 1))
+    model = FusedResNet50(4).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    state = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        out = torch.func.functional_call(model, (parameters, state[1]), (x[None],))
+        return out.square().sum()
+
+    with use_backend("reference"):
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(state[0], x)
+    for i in range(len(x)):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert relative(found[name][i], parameter.grad) < 1e-10

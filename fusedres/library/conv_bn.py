@@ -31,6 +31,7 @@ def convolution(
 ) -> Tensor:
     """y [N, K, OH, OW], dense in `memory_format`."""
     if a.size(0) == 0:
+        _check_alike(a, weight)
         return a.new_empty(output_shape(a.shape, weight.shape, conv)).to(
             memory_format=memory_format
         )
@@ -53,6 +54,7 @@ def convolution_backward(
     """dgrad and wgrad by the library, in the compute dtype; None for what is not needed."""
     whole, steps = a, conv.stride
     if a.size(0) == 0:
+        _check_alike(a, weight, dy)
         read = a[:, :, :: steps[0], :: steps[1]] if compact else a
         nothing = (torch.zeros_like(t) for t in (read, weight))
         return tuple(  # type: ignore[return-value]
@@ -94,6 +96,13 @@ def convolution_backward(
     if need_da and compact and not samples:
         da = da[:, :, :: steps[0], :: steps[1]]
     return (da if need_da else None), (dw if need_dw else None)
+
+
+def _check_alike(a: Tensor, *others: Tensor) -> None:
+    """For an empty batch, which the library would not see, what it asks of any other."""
+    for t in others:
+        if t.dtype != a.dtype:
+            raise TypeError(f"convolution: all must be {a.dtype} as the input, got {t.dtype}")
 
 
 # For few pixels oneDNN's wgrad in bf16 is slower than its matrix product.

@@ -388,5 +388,10 @@ def stored_alike(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """x stored densely in `memory_format` (differentiable; x itself where it is already)."""
+    """x stored densely in `memory_format` (differentiable; x itself where it is already, and within
+    the transforms of torch.func, of which vmap has strides of its own).
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return x
     return x.contiguous(memory_format=memory_format)
