@@ -345,7 +345,7 @@ def asked(path: Path, source: str) -> list[str]:
 
 
 # by what they are for: state dicts, pictures of weights and traces of a model are no step's
-ASIDE = {"weights.py", "summary.py", "tracing.py", "init.py"}
+ASIDE = {"weights.py", "summary.py", "tracing.py", "matching.py", "init.py"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
