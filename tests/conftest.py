@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_interpreter import quicken
 
 import fusedres
 from fusedres import _plan_table
+from fusedres._tensors import INTERPRETED
 
 SOURCE = Path(__file__).resolve().parent.parent
+
+
+if INTERPRETED:
+    quicken()
 
 
 def pytest_configure() -> None:
