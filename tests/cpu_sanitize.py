@@ -97,9 +97,14 @@ def address(folder: Path, log: Path) -> str:
         else:
             shutil.copy(source, checkout)
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += ["-fno-omit-frame-pointer"]
-    environment = os.environ | {"CXX": shlex.join([*compiler(), *flags])}
-    environment |= {"FUSEDRES_CUDA": "0", "FUSEDRES_DEBUG": "1"}
+    flags += [
+        "-fno-omit-frame-pointer",
+        "-g1",
+    ]  # lines; all that debuggers want takes half the time
+    cxx = folder / "cxx"  # what comes last counts
+    cxx.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@" {shlex.join(flags)}\n')
+    cxx.chmod(0o700)
+    environment = os.environ | {"CXX": str(cxx), "FUSEDRES_CUDA": "0", "FUSEDRES_DEBUG": "1"}
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
     run([*install, "--target", str(site), str(checkout)], log, env=environment)
     environment = os.environ | build.environment() | {"PYTHONPATH": str(site)}
