@@ -16,7 +16,6 @@ from fusedres._tensors import INTERPRETED
 
 SOURCE = Path(__file__).resolve().parent.parent
 
-
 if INTERPRETED:
     quicken()
 

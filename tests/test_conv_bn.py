@@ -381,8 +381,9 @@ def test_an_empty_batch_of_another_dtype_is_refused_as_a_full_one_is() -> None:
         x, dy = torch.zeros(n, 3, 4, 4, dtype=torch.int32), torch.zeros(n, 5, 4, 4)
         with pytest.raises((TypeError, RuntimeError)):
             library.convolution(x, weight, conv, CONTIGUOUS)
-        with pytest.raises((TypeError, RuntimeError)):
-            library.convolution_backward(dy, x, weight, conv, True, True)
+        for image, grad in [(x, dy), (x.float(), dy.double())]:
+            with pytest.raises((TypeError, RuntimeError)):
+                library.convolution_backward(grad, image, weight, conv, True, True)
 
 
 @pytest.mark.parametrize(("backend", "plan"), PROTOCOL_WAYS)

@@ -391,7 +391,7 @@ def dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x stored densely in `memory_format` (differentiable; x itself where it is already, and within
     the transforms of torch.func, of which vmap has strides of its own).
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    traced = torch.compiler.is_compiling()  # Dynamo does not know the question
+    if not traced and torch._C._functorch.is_functorch_wrapped_tensor(x):
         return x
     return x.contiguous(memory_format=memory_format)
