@@ -8,7 +8,7 @@ from fusedres.deferred import Deferred
 from fusedres.functional import add_relu, bn_add_relu, conv_bn_relu
 from fusedres.info import info
 from fusedres.models import FusedResNet50, resnet18, resnet34, resnet50, resnet101, resnet152
-from fusedres.nn import ConvBlock, ConvBNReLU, IdentityBlock, fuse, report, unfuse
+from fusedres.nn import ConvBlock, ConvBNReLU, IdentityBlock, freeze, fuse, report, unfuse
 
 logging.getLogger("fusedres").addHandler(logging.NullHandler())
 
@@ -22,6 +22,7 @@ __all__ = [
     "add_relu",
     "bn_add_relu",
     "conv_bn_relu",
+    "freeze",
     "fuse",
     "info",
     "report",

@@ -3,7 +3,8 @@
 
 A leaf: backends asks it for plans and for who runs a light pass, triton_kernels for configurations.
 An entry names a device (as torch does), a dtype, and one of two things. The shape of a convolution,
-and maybe `rows`, [least, most] pixels of its output. Or an op that is a light pass, the size class
+maybe `rows`, [least, most] pixels of its output, and its `plan` in training, its plan in
+`inference`, its `configs`. Or an op that is a light pass, the size class
 of its tensor, `bytes` [least, most], and the backend that is fastest there. Its `source` is
 "measured", as is one that does not say, or "model": reasoned from bytes and rates by
 bench/plan_model.py, and asked only where nothing was measured. Where no entry fits, the heuristics
@@ -144,7 +145,7 @@ def check(entry: dict[str, Any]) -> None:
         _check_light(entry)
         return
     required = {"device", "dtype", "in_channels", "out_channels", "kernel", "stride"}
-    optional = {"rows", "plan", "configs", "source"}
+    optional = {"rows", "plan", "inference", "configs", "source"}
     names = set(entry)
     if not required <= names <= required | optional:
         raise ValueError(f"{PATH}: an entry has {sorted(required)}, and maybe {sorted(optional)}")
@@ -153,6 +154,8 @@ def check(entry: dict[str, Any]) -> None:
     _check_source(entry)
     if "plan" in entry and not is_plan(entry["plan"]):
         raise ValueError(f"{PATH}: plan must be as in _plans, got {entry['plan']!r}")
+    if entry.get("inference", "split") not in ("fused", "split"):
+        raise ValueError(f"{PATH}: inference must be fused or split, got {entry['inference']!r}")
     configs = entry.get("configs", {})
     values = (c.get(side, 16) for c in configs.values() for side in ("BM", "BN", "BK"))
     if any(not isinstance(v, int) or v < 16 or v & (v - 1) for v in values):
@@ -218,13 +221,15 @@ class Planned(NamedTuple):
 
 
 @torch.compiler.assume_constant_result  # Dynamo can neither trace nor guard the entries
-def plans(device: str, dtype: torch.dtype) -> tuple[Planned, ...]:
-    """All plans for a device and dtype, of which the first that fits is the one."""
-    return _plans(device, dtype)
+def plans(device: str, dtype: torch.dtype, field: str = "plan") -> tuple[Planned, ...]:
+    """All plans for a device and dtype, of which the first that fits is the one: conv_bn's, or
+    conv_act's, whose field is "inference".
+    """
+    return _plans(device, dtype, field)
 
 
 @remembered
-def _plans(device: str, dtype: torch.dtype) -> tuple[Planned, ...]:
+def _plans(device: str, dtype: torch.dtype, field: str) -> tuple[Planned, ...]:
     return tuple(
         Planned(
             entry["in_channels"],
@@ -233,10 +238,10 @@ def _plans(device: str, dtype: torch.dtype) -> tuple[Planned, ...]:
             tuple(entry["stride"]),
             entry.get("rows", (0, None))[0],
             entry.get("rows", (0, None))[1],
-            entry["plan"],
+            entry[field],
         )
         for entry in entries()
-        if "plan" in entry
+        if field in entry
         and (entry["device"], entry["dtype"]) == (device, str(dtype).removeprefix("torch."))
     )
 

@@ -26,7 +26,8 @@ from fusedres._conv import Conv
 from fusedres._plans import DATAFLOWS, base_of, is_plan
 from fusedres._tensors import INTERPRETED, conv_allows_tf32
 
-TWO_PLANS = ("conv_bn", "conv_bn_relu_maxpool")  # ops that may be fused, maybe by another backend
+# ops that may be fused, maybe by another backend
+TWO_PLANS = ("conv_bn", "conv_bn_relu_maxpool", "conv_act")
 OPS = (*TWO_PLANS, "batch_norm", "bn_act", "bn_relu_maxpool", "add_relu")
 PLANS = ("auto", "fused", "epilogue", "split", *DATAFLOWS)  # and what _plans adds to a plan
 
@@ -165,6 +166,11 @@ def requested_backend() -> str:
     )
 
 
+def requested_plan() -> str:
+    """The name in force here: the innermost use_plan, else "auto"."""
+    return _plan_scope.get()
+
+
 def unavailable(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot run `op` on such tensors; None if it can."""
     b = BACKENDS[name]
@@ -299,13 +305,9 @@ def plan_of(
             return "split"
         if choice.backend == "cpp":
             return "fused"  # nowhere slower
-        rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
-        for known in _plan_table.plans(_plan_table.device_name(weight.device), dtype):
-            if weight.size(1) != known.in_channels or weight.size(0) != known.out_channels:
-                continue
-            same = kernel == known.kernel and conv.stride == known.stride
-            if same and _plan_table.fits(rows, known.least, known.most):
-                return known.plan
+        known = _measured("plan", dtype, weight, conv, out_shape)
+        if known is not None:
+            return known
         return _likely_plan(dtype, pointwise)
     if choice.plan in DATAFLOWS:
         flow = DATAFLOWS[choice.plan]
@@ -315,6 +317,49 @@ def plan_of(
     if base_of(plan) == "split" or not fusable:
         return plan if base_of(plan) == "split" else "split"
     return "fused" if choice.backend == "cpp" else plan  # it has no options
+
+
+def _measured(
+    field: str, dtype: torch.dtype, weight: Tensor, conv: Conv, out_shape: tuple[int, ...] | None
+) -> str | None:
+    """What the table says of one convolution; None where it is silent."""
+    rows = None if out_shape is None else out_shape[0] * out_shape[2] * out_shape[3]
+    kernel = (weight.size(2), weight.size(3))
+    for known in _plan_table.plans(_plan_table.device_name(weight.device), dtype, field):
+        if weight.size(1) != known.in_channels or weight.size(0) != known.out_channels:
+            continue
+        same = kernel == known.kernel and conv.stride == known.stride
+        if same and _plan_table.fits(rows, known.least, known.most):
+            return known.plan
+    return None
+
+
+def inference_plan_of(
+    choice: Choice,
+    dtype: torch.dtype,
+    weight: Tensor,
+    conv: Conv,
+    out_shape: tuple[int, ...] | None,
+    library_fuses: bool,
+) -> str:
+    """How conv_act runs one convolution: "fused", our kernel, or "split", the library's.
+
+    Args:
+        choice, dtype, weight, conv, out_shape: as `plan_of` takes them.
+        library_fuses: whether the library's epilogue has it all; where the table is silent it is
+            taken then.
+    """
+    kernel = (weight.size(2), weight.size(3))
+    fusable = "conv_act" in BACKENDS[choice.backend].fuses and conv.has_fused_kernel(kernel)
+    if not fusable:
+        return "split"
+    if choice.plan == "auto":
+        known = _measured("inference", dtype, weight, conv, out_shape)
+        named = choice.light == ""  # then it is to run its own
+        return known or ("split" if library_fuses and not named else "fused")
+    flow = DATAFLOWS.get(choice.plan)
+    plan = choice.plan if flow is None else flow.spatial if max(kernel) > 1 else flow.pointwise
+    return "split" if base_of(plan) == "split" else "fused"
 
 
 @torch.compiler.assume_constant_result
@@ -388,7 +433,7 @@ def choose(op: str, device: str, dtype: torch.dtype) -> Choice:
             torch.func cannot look into is to run within its transforms.
     """
     choice = _choose_here(op, device, dtype, _traced["backend"], _traced["plan"])
-    if choice.backend != "reference" and _transforming():
+    if choice.backend != "reference" and transforming():
         raise RuntimeError(
             f"{op}: transforms of torch.func (vmap, grad, jvp, ...) cannot go through backend "
             f"{choice.backend!r}; within them use fusedres.use_backend('reference'), or "
@@ -397,7 +442,8 @@ def choose(op: str, device: str, dtype: torch.dtype) -> Choice:
     return choice
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
+    """Whether this runs within a transform of torch.func."""
     interpreter = torch._C._functorch.peek_interpreter_stack
     return not torch.compiler.is_compiling() and interpreter() is not None
 

@@ -35,7 +35,7 @@ def convolution(
         return a.new_empty(output_shape(a.shape, weight.shape, conv)).to(
             memory_format=memory_format
         )
-    padded, padding, stride = _pad(a, weight, conv)
+    padded, padding, stride = pad(a, weight, conv)
     y = torch.ops.aten.convolution(
         padded, weight, None, stride, padding, conv.dilation, False, [0, 0], conv.groups
     )
@@ -66,7 +66,7 @@ def convolution_backward(
         whole = F.pad(a, (left, right, top, bottom)) if any(conv.padding) else a
         a = whole[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=stored_format(a))
         conv = conv._replace(stride=(1, 1), padding=(0, 0, 0, 0))
-    padded, padding, stride = _pad(a, weight, conv)
+    padded, padding, stride = pad(a, weight, conv)
     product = need_dw and _product_pays(dy, padded, weight, conv)
     da, dw, _ = torch.ops.aten.convolution_backward(
         dy,
@@ -127,7 +127,7 @@ def _product_pays(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv) -> bool:
     return dense and rows <= _FEW_ROWS
 
 
-def _pad(a: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+def pad(a: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
     """The input, padded here where the library cannot or must not, what it is still to pad, and the
     stride.
     """

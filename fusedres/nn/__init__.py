@@ -9,6 +9,7 @@ from fusedres.nn.blocks import (
     IdentityBlock,
     Stage,
 )
+from fusedres.nn.freeze import freeze
 from fusedres.nn.fuse import fuse, unfuse
 from fusedres.nn.report import report
 
@@ -18,6 +19,7 @@ __all__ = [
     "ConvBlock",
     "IdentityBlock",
     "Stage",
+    "freeze",
     "fuse",
     "report",
     "unfuse",

@@ -58,8 +58,10 @@ def plain_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str
     return touched(name) if reason is None and not is_untouched(module) else reason
 
 
-def kind_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
-    """The same, whoever looks on."""
+def kind_reason(
+    module: nn.Module, name: str, expected: type[nn.Module], biased: bool = False
+) -> str | None:
+    """The same, whoever looks on; a convolution may be `biased` where that is served."""
     if type(module) is nn.SyncBatchNorm and expected is nn.BatchNorm2d:
         recorded = torch.compiler.is_compiling() or contract.exporting()
         if recorded and sync_group(module) is not None:
@@ -70,7 +72,7 @@ def kind_reason(module: nn.Module, name: str, expected: type[nn.Module]) -> str 
     if type(module) is not expected:
         return f"{name} is a {type(module).__name__}, a subclass whose forward may differ"
     if isinstance(module, nn.Conv2d):
-        if module.bias is not None:
+        if module.bias is not None and not biased:
             return f"{name} has a bias"
         if module.padding_mode != "zeros":
             return f"{name} pads by {module.padding_mode!r}"

@@ -34,6 +34,7 @@ def program_of(
     graph: fx.Graph,
     inlined: list[str],
     functions: dict[str, Callable[..., Any]],
+    folds: bool = False,
 ) -> Program:
     """The Program of a graph with one input.
 
@@ -41,11 +42,12 @@ def program_of(
         root: the module whose forward the graph is of.
         inlined: paths of the modules that the graph looked into.
         functions: takes what the Program calls by name.
+        folds: BatchNorms are to go into their convolutions, which may have a bias, and need none.
 
     Raises:
         Untraceable: with the reason.
     """
-    return _Reading(root, graph, inlined, functions).program()
+    return _Reading(root, graph, inlined, functions, folds).program()
 
 
 class _Reading:
@@ -57,8 +59,9 @@ class _Reading:
         graph: fx.Graph,
         inlined: list[str],
         functions: dict[str, Callable[..., Any]],
+        folds: bool,
     ) -> None:
-        self._functions = functions
+        self._functions, self._folds = functions, folds
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._watched: list[str] = list(inlined)
         self._drop_identities(graph)
@@ -150,22 +153,19 @@ class _Reading:
 
     def _find_convolution(self, node: fx.Node, anchored: dict[fx.Node, Callable[[], Step]]) -> None:
         """The step of a convolution, or the reason why it is called as it is."""
-        name, conv = str(node.target), self._called(node)
-        norm = self._only_user(node)
-        bn = None if norm is None or norm.op != "call_module" else self._called(norm)
-        reason = None
-        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            reason = f"no BatchNorm follows {name}"
-        reason = reason or kind_reason(conv, name, nn.Conv2d)
-        if reason is None and norm is not None:
-            reason = self._pair_reason(node, norm)
-        if reason is not None or norm is None:
-            self._left.append((name, reason or ""))
+        name, norm = str(node.target), self._norm_of(node)
+        reason = self._reason(node, norm)
+        if self._folds and norm is not None and reason is not None:
+            norm, reason = None, self._reason(node, None)
+        if reason is not None:
+            self._left.append((name, reason))
             return
-        nodes, residual, relu, pool = [node, norm], None, None, None
-        behind = self._only_user(norm)
+        nodes = [node] if norm is None else [node, norm]
+        residual, add, relu, pool = None, None, None, None
+        behind = self._only_user(nodes[-1])
         if behind is not None and behind not in self._absorbed and self._joins(node, behind):
-            residual = next(a for a in behind.args if a is not norm)
+            residual = next(a for a in behind.args if a is not nodes[-1])
+            add = behind
             nodes.append(behind)
         relu = self._only_user(nodes[-1])
         if relu is not None and self._is_relu(relu):
@@ -179,7 +179,7 @@ class _Reading:
             relu = None
         self._absorbed.update(nodes)
         self._watched += [
-            str(n.target) for n in nodes[2:] if n.op == "call_module" and n is not pool
+            str(n.target) for n in nodes if n.op == "call_module" and n not in (node, norm, pool)
         ]
         out = self._number(nodes)
 
@@ -189,7 +189,7 @@ class _Reading:
                 (),
                 self._of(node.args[0]),
                 name,
-                str(norm.target),
+                "" if norm is None else str(norm.target),
                 None if residual is None else self._of(residual),
                 relu is not None,
                 None if pool is None else str(pool.target),
@@ -199,13 +199,35 @@ class _Reading:
                 False,
             )
 
-        anchored[node if residual is None else nodes[2]] = step
+        anchored[node if add is None else add] = step
 
-    def _pair_reason(self, conv: fx.Node, norm: fx.Node) -> str | None:
-        """Why a convolution and the BatchNorm that follows are called as they are."""
-        bn = self._called(norm)
+    def _norm_of(self, conv: fx.Node) -> fx.Node | None:
+        """The BatchNorm that alone reads a convolution."""
+        norm = self._only_user(conv)
+        if norm is None or norm.op != "call_module":
+            return None
+        return norm if isinstance(self._called(norm), nn.modules.batchnorm._BatchNorm) else None
+
+    def _reason(self, conv: fx.Node, norm: fx.Node | None) -> str | None:
+        """Why a convolution, and the BatchNorm that follows, are called as they are."""
+        name, module = str(conv.target), self._called(conv)
+        if norm is None and not self._folds:
+            return f"no BatchNorm follows {name}"
+        reason = kind_reason(module, name, nn.Conv2d, biased=self._folds)
+        return reason or self._pair_reason(conv, norm)
+
+    def _pair_reason(self, conv: fx.Node, norm: fx.Node | None) -> str | None:
+        """The same, where it is not what the convolution is."""
+        if norm is None:
+            if self._module(conv, type(self._called(conv))) is None:
+                return f"{conv.target} is called with more than its input"
+            once = self._calls[id(self._called(conv))] == 1
+            return None if once else f"{conv.target} is called more than once"
+        bn: Any = self._called(norm)
         if type(bn) not in _NORMS:
             return f"{norm.target} is a {type(bn).__name__}"
+        if self._folds and bn.running_mean is None:
+            return f"{norm.target} tracks no statistics"
         if any(self._module(n, type(self._called(n))) is None for n in (conv, norm)):
             return f"{conv.target} or {norm.target} is called with more than its input"
         if any(self._calls[id(self._called(n))] > 1 for n in (conv, norm)):
@@ -290,34 +312,15 @@ def _is_add(node: fx.Node) -> bool:
     return isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
 
 
-def _reads(step: Step) -> list[int]:
-    """The values a step reads, each as often as it does."""
-    if isinstance(step, ConvBN):
-        return [step.input] + ([] if step.residual is None else [step.residual])
-    if isinstance(step, Add):
-        return [step.a, step.b]
-    found: list[int] = []
-    for argument in torch.utils._pytree.tree_leaves(
-        (step.args, step.kwargs), is_leaf=lambda a: isinstance(a, Ref | slice)
-    ):
-        parts = (
-            (argument.start, argument.stop, argument.step)
-            if isinstance(argument, slice)
-            else (argument,)
-        )
-        found += [part.value for part in parts if isinstance(part, Ref)]
-    return found
-
-
 def _connected(steps: list[Step], output: int) -> Iterable[Step]:
     """The steps, with what each has to know of the others."""
     readers: dict[int, list[int]] = {}
     for i, step in enumerate(steps):
-        for value in _reads(step):
+        for value in step.reads():
             readers.setdefault(value, []).append(i)
     readers.setdefault(output, []).append(len(steps))
     for i, step in enumerate(steps):
-        frees = tuple(v for v in {*_reads(step), step.out} if readers.get(v, [i])[-1] == i)
+        frees = tuple(v for v in {*step.reads(), step.out} if readers.get(v, [i])[-1] == i)
         step = step._replace(frees=frees)
         if isinstance(step, ConvBN):
             later = [j for j in readers[step.input] if j > i]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class ConvBN(NamedTuple):
     frees: tuple[int, ...]
     input: int
     conv: str
-    bn: str
+    bn: str  # "" for none, in inference
     residual: int | None
     relu: bool
     pool: str | None  # a max pool behind the ReLU
@@ -44,6 +45,10 @@ class ConvBN(NamedTuple):
     reader: str | None  # the convolution that alone does so
     ends: bool  # a branch of a residual block: the output need not be kept, where memory is short
     settles: bool  # the residual may change later: the sum is computed at once
+
+    def reads(self) -> list[int]:
+        """The values it reads."""
+        return [self.input] if self.residual is None else [self.input, self.residual]
 
     def run(self, owner: nn.Module, values: Values, _: bool) -> Any:
         """A Deferred, or a Tensor behind a max pool; leaves the input for its other readers."""
@@ -106,6 +111,10 @@ class Add(NamedTuple):
     a: int
     b: int
 
+    def reads(self) -> list[int]:
+        """The values it reads."""
+        return [self.a, self.b]
+
     def run(self, owner: nn.Module, values: Values, _: bool) -> Tensor:
         """By one kernel where both are alike, else as torch does it."""
         a, b = tensor(values, self.a), tensor(values, self.b)
@@ -143,6 +152,14 @@ class Call(NamedTuple):
         functions: Any = owner._functions
         called = at(owner, self.target) if self.kind == "module" else functions[self.target]
         return called(*args, **kwargs)
+
+    def reads(self) -> list[int]:
+        """The values it reads, each as often as it does."""
+        leaves = torch.utils._pytree.tree_leaves(
+            (self.args, self.kwargs), is_leaf=lambda a: isinstance(a, Ref | slice)
+        )
+        sliced = ((a.start, a.stop, a.step) if isinstance(a, slice) else (a,) for a in leaves)
+        return [part.value for parts in sliced for part in parts if isinstance(part, Ref)]
 
     def is_plain(self) -> bool:
         """Whether it takes one value and nothing else."""

@@ -24,7 +24,7 @@ from fusedres.nn.matching import IN_PLACE, Untraceable, program_of
 from fusedres.nn.program import Program
 from fusedres.nn.reads import Before, Reads, Recorder, Unwatchable, state
 
-TRACED = "forward_plainly"  # the method of fused classes that is followed
+TRACED = "forward_plainly"  # the method of fused and frozen classes that is followed
 
 
 class _Value(fx.Proxy):
@@ -148,13 +148,15 @@ def trace(
     root: nn.Module,
     inlined: Iterable[tuple[str, nn.Module]],
     functions: dict[str, Callable[..., Any]],
+    folds: bool = False,
 ) -> Followed:
-    """The Program of a module of a fused class, whose forward takes and gives one tensor.
+    """The Program of a module of a fused or frozen class, whose forward takes and gives one tensor.
 
     Args:
         inlined: (path, module) of descendants whose forwards are followed too; the others are
             called as they are.
         functions: takes what the Program calls by name.
+        folds: see `program_of`.
     """
     inside = list(inlined)
     with _ONE_AT_A_TIME:
@@ -171,7 +173,7 @@ def trace(
                 program = "its forward draws random numbers itself"
         try:
             if not program:
-                program = program_of(root, graph, [path for path, _ in inside], functions)
+                program = program_of(root, graph, [path for path, _ in inside], functions, folds)
         except Untraceable as error:
             program = str(error)
         reads = tracer.recorder.reads()

@@ -8,6 +8,7 @@ from fusedres.ops.add_relu import add_relu
 from fusedres.ops.batch_norm import batch_norm
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool
+from fusedres.ops.conv_act import conv_act
 from fusedres.ops.conv_bn import conv_bn
 from fusedres.ops.conv_bn_relu_maxpool import conv_bn_relu_maxpool
 
@@ -16,6 +17,7 @@ __all__ = [
     "batch_norm",
     "bn_act",
     "bn_relu_maxpool",
+    "conv_act",
     "conv_bn",
     "conv_bn_relu_maxpool",
 ]
