@@ -32,6 +32,7 @@ class Packed(NamedTuple):
     bias: Tensor | None  # [K] in the weight's dtype
     conv: Conv
     fused: str  # whose epilogue: "onednn", "cudnn", or "" for passes behind the convolution
+    finite: bool = True  # no weight of an oneDNN's is infinite or NaN; of others nobody asks
 
 
 def conv_act(
@@ -66,8 +67,9 @@ def pack(
     if bias is not None:
         bias = bias.to(x.dtype)
     fused = _fused_by(x, conv)
-    if fused == "onednn" and not finite(weight, bias):
-        fused = ""  # its ReLU makes zero of NaN
+    clean = fused != "onednn" or finite(weight, bias)
+    if not clean:
+        fused = ""  # oneDNN's ReLU makes zero of NaN
     if fused == "onednn" and reorder and x.numel() > 0:
         one, padding, stride = pad(x[:1], weight, conv)
         geometry = (list(padding), list(stride), list(conv.dilation), conv.groups)
@@ -76,7 +78,7 @@ def pack(
         weight = aten.mkldnn_reorder_conv2d_weight(dense, *geometry, shape)
     elif x.device.type != "cpu":
         weight = weight.contiguous(memory_format=torch.channels_last)
-    return Packed(weight, bias, conv, fused)
+    return Packed(weight, bias, conv, fused, clean)
 
 
 Run = Callable[[Tensor, Tensor | None], Tensor]  # of x and the residual
@@ -97,7 +99,7 @@ def bound(x: Tensor, packed: Packed, joined: bool, relu: bool, into: bool = Fals
     """`run` for inputs of x's height, width and memory format, with all that depends on them done;
     for batches of at least one image.
     """
-    weight, bias, conv, fused = packed
+    weight, bias, conv, fused, _ = packed
     if x.size(0) == 0:
         return lambda x, _: x.new_empty(output_shape(x.shape, weight.shape, conv)).to(
             memory_format=stored_format(x)

@@ -21,9 +21,8 @@ from torch.nn.modules import module as torch_module
 
 from fusedres import backends
 from fusedres._conv import output_shape
-from fusedres._tensors import stat_dtype
+from fusedres._tensors import stat_dtype, stored_format
 from fusedres.library.conv_act import finite
-from fusedres.nn.blocks import in_format_of
 from fusedres.nn.graphs import Graphs
 from fusedres.nn.layers import geometry
 from fusedres.nn.program import Add, Call, ConvBN, Program, at
@@ -164,6 +163,13 @@ def convert(
     module.__dict__["_functions"] = {}
 
 
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(at(module, path), nn.Module)
+    except AttributeError:
+        return False
+
+
 def thaw(module: nn.Module) -> None:
     """Make it one of its own class again; its BatchNorms stay folded."""
     for name in ("_frozen", "_functions"):
@@ -185,7 +191,7 @@ class Engine:
     def forget(self) -> None:
         """All that was bound."""
         with self._lock:
-            self._program: Program | None = None
+            self._program: Program | str = ""
             self._watch: Watch | None = None
             self._bound: OrderedDict[Any, Runner] = OrderedDict()
             self._packs: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
@@ -214,8 +220,8 @@ class Engine:
             runner = self._bound.get(key)
             if runner is None:
                 runner = self._bind(owner, watch, key, x, dtype)
-            if not runner.keeps_nan and x.dtype != torch.uint8 and not finite(x):
-                return owner.forward_plainly(x)
+            if not runner.keeps_nan and (runner.makes_nan or not _clean(x)):
+                return owner.forward_plainly(self.plain_input(owner, x))
             if self._cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing():
                 return self._graphs.run(key, runner, x)
             return runner(x)
@@ -236,18 +242,27 @@ class Engine:
 
     # --- what it looks at
 
-    def _look(self, owner: FrozenModule) -> Watch:
+    def _look(self, owner: FrozenModule) -> Watch | None:
+        """What to watch; None where its forward, changed since, cannot be followed any more."""
         with self._lock:
             if self._watch is not None and not self._watch.changed():
                 return self._watch  # by another thread, meanwhile
+            if isinstance(self._program, str) and self._program:
+                return None
             self.forget()
-            inside = [(p, at(owner, p)) for p in self._inside]
+            inside = [(p, at(owner, p)) for p in self._inside if _has(owner, p)]
             program = trace(owner, inside, owner._functions, folds=True).program
-            if isinstance(program, str) or not any(program.pairs()):
-                why = program or "no convolution is left"
-                raise RuntimeError(f"{own_class(owner).__name__}: changed since frozen: {why}")
-            self._program, self._watch = program, Watch.of(owner, program)
+            if isinstance(program, Program) and not any(program.pairs()):
+                program = "no convolution is left in it"
+            self._program = program
+            if isinstance(program, Program):
+                self._watch = Watch.of(owner, program)
             return self._watch
+
+    def program(self, owner: FrozenModule) -> Program | str:
+        """What runs, or why nothing can."""
+        self._look(owner)
+        return self._program
 
     def _checked(self, owner: nn.Module, watch: Watch, x: Tensor) -> torch.dtype:
         """The dtype to compute in.
@@ -291,7 +306,7 @@ class Engine:
             runner = self._bound.get(key)
             if runner is not None:
                 return runner
-            assert self._program is not None
+            assert isinstance(self._program, Program)
             size = key[1:] + (x.shape[1:], min(2, x.size(0)))
             packs = self._packs.setdefault(size, {})
             normalization = self._normalization if x.dtype == torch.uint8 else None
@@ -306,8 +321,15 @@ class Engine:
 class Watch:
     """What a Program was bound to, and whether it is still so."""
 
-    def __init__(self, weights: list[Any], modules: list[nn.Module], channels: int | None) -> None:
-        self._weights = weights  # (parameters of a module, name, tensor, version)
+    def __init__(
+        self,
+        places: list[tuple[dict[str, Any], str, nn.Module]],
+        weights: list[tuple[dict[str, Any], str, Tensor, int]],
+        channels: int | None,
+    ) -> None:
+        modules = [m for _, _, m in places]
+        self._places = places  # children of a module, name, which is there
+        self._weights = weights  # parameters of a module, name, which is there, its version
         self._own = [m.__dict__ for m in modules]
         self._hooks = [
             hooks
@@ -320,24 +342,31 @@ class Watch:
     @classmethod
     def of(cls, owner: nn.Module, program: Program) -> Watch:
         """As it is now."""
-        weights, modules, channels = [], [at(owner, path) for path in program.watched], None
+        paths, weights, channels = list(program.watched), [], None
         for step in program.pairs():
+            paths += [path for path in (step.conv, step.bn, step.pool) if path]
             conv = at(owner, step.conv)
-            modules += [conv] + [at(owner, p) for p in (step.bn, step.pool) if p]
             for name in ("weight", "bias"):
                 t = conv._parameters[name]
                 if t is not None:
-                    weights.append((conv._parameters, name, t, _version(t)))
+                    weights.append(
+                        (conv._parameters, name, t, 0 if t.is_inference() else t._version)
+                    )
             if step.input == 0 and channels is None:
                 channels = conv.in_channels
-        return cls(weights, modules, channels)
+        places: list[Any] = []
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            held = (at(owner, parent) if parent else owner)._modules
+            places.append((held, name, held[name]))
+        return cls(places, weights, channels)
 
     def changed(self) -> bool:
-        """Whether a weight is another, or was written to."""
-        return any(
-            held[name] is not t or (0 if t.is_inference() else t._version) != version
-            for held, name, t, version in self._weights
-        )
+        """Whether a weight or a module is another, or a weight was written to."""
+        for held, name, t, version in self._weights:
+            if held[name] is not t or (not t.is_inference() and t._version != version):
+                return True
+        return any(held.get(name) is not module for held, name, module in self._places)
 
     def touched(self) -> bool:
         """Whether a hook, or a forward of its own, sits on a module that no step calls."""
@@ -349,15 +378,12 @@ class Watch:
         return any(t.requires_grad for _, _, t, _ in self._weights)
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
 class Runner:
     """A Program bound to weights and to one shape of input; made by its first run.
 
     Attributes:
         keeps_nan: whether NaN in the input comes out as it does of plain modules.
+        makes_nan: whether a weight is infinite or NaN.
         ways: (path of a convolution, backend, plan).
     """
 
@@ -370,7 +396,8 @@ class Runner:
         dtype: torch.dtype,
         normalization: Normalization | None,
     ) -> None:
-        self.keeps_nan, self.ways = True, list[tuple[str, str, str]]()
+        self.keeps_nan, self.makes_nan = True, False
+        self.ways = list[tuple[str, str, str]]()
         self._owner, self._packs = owner, packs
         self._output, self._length = program.output, len(program.steps) + 1
         self._dtype = dtype
@@ -405,7 +432,7 @@ class Runner:
     def _finished(self, values: Values, x: Tensor) -> Any:
         out = values[self._output]
         map_to_map = isinstance(out, Tensor) and out.dim() == 4 and self._vectors is None
-        return in_format_of(out, x) if map_to_map else out
+        return out.contiguous(memory_format=stored_format(x)) if map_to_map else out
 
     def _other(self, step: Add | Call) -> Bound:
         owner, out, frees = self._owner, step.out, step.frees
@@ -431,6 +458,7 @@ class Runner:
             into=into, packs=self._packs,
         )  # fmt: skip
         self.keeps_nan &= one.keeps_nan
+        self.makes_nan |= one.makes_nan
         self.ways.append((step.conv, one.backend, one.plan))
         pool = _pool(owner, step, x, conv)
         run, at_x, at_r, out, frees = one.run, step.input, step.residual, step.out, step.frees
@@ -450,6 +478,10 @@ class Runner:
                 values[i] = None
 
         return convolution
+
+
+def _clean(x: Tensor) -> bool:
+    return x.dtype == torch.uint8 or finite(x)
 
 
 def _private(program: Program) -> set[int]:

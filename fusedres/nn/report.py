@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor, nn
 
 from fusedres import backends
 from fusedres.nn.blocks import FusedModule, Stage
+from fusedres.nn.frozen import FrozenModule
 from fusedres.nn.fuse import FusedByProgram, unfused
 from fusedres.nn.layers import geometry, is_untouched, sync_group
+from fusedres.nn.program import at
 from fusedres.ops._contract import compute_dtype
+from fusedres.ops.conv_act import way_of as conv_act_way
 from fusedres.ops.conv_bn_relu_maxpool import stem_way
 
 
@@ -66,6 +70,12 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
     rows = Report()
+    frozen: set[str] = set()  # paths of convolutions that belong to frozen modules
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenModule):
+            found = list(_of_frozen(path, module))
+            frozen |= {row.name for row in found}
+            rows += found
     border: dict[str, str] = {}  # by path: why a Tensor, not a Deferred, crosses a block's border
     for path, module in model.named_modules():
         if module is not model and isinstance(module, FusedModule | Stage):
@@ -74,7 +84,9 @@ def report(model: nn.Module) -> Report:
             if isinstance(module, Stage | FusedByProgram) and path in border:
                 ends = list(dict(module.named_children()))
                 border |= {f"{path}.{name}": border[path] for name in (*ends[:1], *ends[-1:])}
-        if not isinstance(module, FusedModule):
+        if not isinstance(module, FusedModule) or isinstance(module, FrozenModule):
+            continue
+        if all(f"{path}.{name}".lstrip(".") in frozen for name, *_ in module.units()):
             continue
         reason = module.plain_reason()
         for conv_name, conv, bn_name, bn in module.units():
@@ -92,5 +104,20 @@ def report(model: nn.Module) -> Report:
             runs = "plain" if backend == "reference" else "fused"
             why = "; ".join(filter(None, (choice.reason, border.get(path))))
             rows.append(Row(name, runs, backend, plan, why))
-    rows += [Row(path, "plain", "torch", "-", why) for path, _, why in unfused(model)]
+    left = (row for row in unfused(model) if row[0] not in frozen)
+    rows += [Row(path, "plain", "torch", "-", why) for path, _, why in left]
     return rows
+
+
+def _of_frozen(path: str, module: FrozenModule) -> Iterator[Row]:
+    program = module._frozen.program(module)
+    if isinstance(program, str):
+        return
+    for step in program.pairs():
+        conv = at(module, step.conv)
+        choice = backends.choose("conv_act", conv.weight.device.type, conv.weight.dtype)
+        way = conv_act_way(choice, conv.weight, conv.weight.dtype, conv.weight, geometry(conv))
+        runs = "plain" if way[0] == "reference" else "fused"
+        yield Row(f"{path}.{step.conv}".lstrip("."), runs, *way, choice.reason)
+    for name, why in program.left:
+        yield Row(f"{path}.{name}".lstrip("."), "plain", "torch", "-", why)

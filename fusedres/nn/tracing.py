@@ -14,7 +14,7 @@ import operator
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -160,19 +160,13 @@ def trace(
     """
     inside = list(inlined)
     with _ONE_AT_A_TIME:
-        tracer, before, drawn = _Tracer(root, (m for _, m in inside)), Before(root), _drawn()
-        program: Program | str = ""
-        try:
-            graph = tracer.followed_graph()
-        except Untraceable as error:
-            program = str(error)
-        finally:
-            if before.restore():
-                program = "its forward changes attributes"
-            if _put_back(drawn):
-                program = "its forward draws random numbers itself"
+        before = Before(root)
+        program, graph, tracer = _graph(root, [m for _, m in inside])
+        if before.restore():
+            program = "its forward changes attributes"
         try:
             if not program:
+                assert graph is not None
                 program = program_of(root, graph, [path for path, _ in inside], functions, folds)
         except Untraceable as error:
             program = str(error)
@@ -184,12 +178,40 @@ def trace(
     return Followed(program, reads, found)
 
 
-def _put_back(drawn: list[tuple[Any, Any, Any]]) -> bool:
-    """Set the generators back; whether any had moved."""
-    moved = [(set_back, was) for ask, set_back, was in drawn if not _same(ask(), was)]
-    for set_back, was in moved:
-        set_back(was)
-    return bool(moved)
+_TRIES = 5
+
+
+def _graph(
+    root: nn.Module, inside: list[nn.Module]
+) -> tuple[Program | str, fx.Graph | None, _Tracer]:
+    """Why there is no graph, "" where there is one, and the graph.
+
+    Other threads may draw random numbers meanwhile: what moves them each time is the forward.
+    """
+    drawn = _drawn()
+    for _ in range(_TRIES):
+        now, tracer = _drawn(), _Tracer(root, inside)
+        reason, graph = "", None
+        try:
+            graph = tracer.followed_graph()
+        except Untraceable as error:
+            reason = str(error)
+        if not any(_moved(now)):
+            return reason, graph, tracer
+    _put_back(drawn)
+    return "its forward draws random numbers itself", None, tracer
+
+
+def _moved(drawn: list[tuple[Any, Any, Any]]) -> Iterator[bool]:
+    """Whether each generator has moved."""
+    return (not _same(ask(), was) for ask, _, was in drawn)
+
+
+def _put_back(drawn: list[tuple[Any, Any, Any]]) -> None:
+    """Set the generators that have moved back."""
+    for (_, set_back, was), moved in zip(drawn, list(_moved(drawn)), strict=True):
+        if moved:
+            set_back(was)
 
 
 def _drawn() -> list[tuple[Any, Any, Any]]:

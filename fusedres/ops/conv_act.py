@@ -97,9 +97,11 @@ def way_of(
     dtype: torch.dtype,
     weight: Tensor,
     conv: Conv,
-    out_shape: tuple[int, ...] | None,
+    out_shape: tuple[int, ...] | None = None,
 ) -> tuple[str, str]:
-    """Backend and plan ("fused": our kernel, "split": the library's) of one convolution of x."""
+    """Backend and plan ("fused": our kernel, "split": the library's) of one convolution of x, or of
+    any tensor on its device and of its dtype; out_shape None: not known yet, taken as large.
+    """
     fuses = split.cudnn_serves(x, conv)
     plan = backends.inference_plan_of(choice, dtype, weight, conv, out_shape, fuses)
     backend = choice.backend if plan == "fused" else choice.light or choice.backend
@@ -113,12 +115,14 @@ class Bound(NamedTuple):
         run: of x and the residual, both dense as the one it was bound for; gives the result.
         backend, plan: what runs.
         keeps_nan: whether NaN goes through its ReLU; else it becomes zero.
+        makes_nan: whether a weight is infinite or NaN, where somebody had to ask.
     """
 
     run: Callable[[Tensor, Tensor | None], Tensor]
     backend: str
     plan: str
     keeps_nan: bool
+    makes_nan: bool = False
 
 
 def bind(
@@ -161,7 +165,8 @@ def bind(
         if packed is None:
             packed = packs[key] = split.pack(x, weight.to(x.dtype), conv, None, bias)
         run = split.bound(x, packed, joined, relu, into)
-        return Bound(run, backend, plan, not relu or packed.fused != "onednn")
+        keeps_nan = not relu or packed.fused != "onednn"
+        return Bound(run, backend, plan, keeps_nan, not packed.finite)
     kernel, cast = backends.kernels(backend, OP).conv_act, weight.to(x.dtype)
     vector = None if bias is None else bias.to(stat_dtype(x.dtype))
 
