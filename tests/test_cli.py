@@ -127,6 +127,17 @@ def test_unknown_backend_in_the_environment(
     assert_one_line(capsys.readouterr().err, "FUSEDRES_BACKEND", "'fastest'", "'cpp'")
 
 
+def test_output_that_nobody_reads(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["info"]) == 141
+    assert capfd.readouterr().err == ""  # closing it wrote what was left, to nowhere
+
+
 @needs_extra
 def test_demo_without_a_place_to_write(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     taken = tmp_path / "taken"

@@ -1,4 +1,4 @@
-"""train, evaluate and predict as a user runs them: interrupted, killed, out of room, taken up."""
+"""train and evaluate as a user runs them: interrupted, killed, out of room, taken up."""
 
 from __future__ import annotations
 
@@ -326,34 +326,6 @@ def test_evaluate_on_other_data(
     assert main([*arguments, str(larger), "--figure", "a.gif"]) == 2
 
 
-def test_predict_on_ones_own_pictures(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    images, _ = tiny.pictures(2)
-    paths = [tmp_path / name for name in ("a.png", "b c.jpg")]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image.numpy()).resize((80, 60)).save(path)
-    arguments = ["--checkpoint", str(finished / "checkpoint.pt"), "--device", "cpu"]
-    assert main(["predict", *map(str, paths), *arguments]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for line, path in zip(lines, paths, strict=True):
-        assert line.startswith(f"{path}: ")
-        shares = [
-            float(part.split()[1].rstrip("%")) for part in line[len(f"{path}: ") :].split(", ")
-        ]
-        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
-        assert {part.split()[0] for part in line[len(f"{path}: ") :].split(", ")} == set(
-            tiny.CLASSES
-        )
-
-    (tmp_path / "bad.png").write_bytes(b"damaged")
-    wrong = [str(tmp_path / "bad.png"), str(paths[0]), str(tmp_path / "absent.png")]
-    assert main(["predict", *wrong, *arguments, "--top", "1"]) == 1
-    out, err = capsys.readouterr()
-    assert out.count("%") == 1 and out.startswith(str(paths[0]))
-    assert [line.split(": ")[1] for line in err.splitlines()] == [wrong[0], wrong[2]]
-
-
 def test_a_hostile_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Hostile:
         def __reduce__(self) -> tuple[object, ...]:
@@ -362,7 +334,6 @@ def test_a_hostile_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     torch.save({"state": Hostile()}, tmp_path / "checkpoint.pt")
     for command in (
         ["evaluate", "--checkpoint", str(tmp_path)],
-        ["predict", "a.png", "--checkpoint", str(tmp_path)],
         ["train", "--resume", "--out", str(tmp_path)],
     ):
         assert main(command) == 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import torch
@@ -13,7 +16,7 @@ import torch
 from fusedres import backends
 from fusedres._version import __version__
 from fusedres.cli import bench, demo, evaluate, gradients, info, predict, summary, train, tune
-from fusedres.cli._command import UserError
+from fusedres.cli._command import UserError, complain
 from fusedres.training import TrainingError
 from fusedres.training.files import one_line
 
@@ -35,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, by default those of the process.
 
     Returns:
-        The exit code: 0, 1 for what failed, 2 for arguments that make no sense. An error that the
-        user can put right is one line on stderr.
+        The exit code: 0, 1 for what failed, 2 for arguments that make no sense, 130 for an
+        interruption, 141 where nobody reads the output any longer. An error that the user can put
+        right is one line on stderr.
 
     Raises:
         SystemExit: with code 0, for --help and --version.
@@ -55,26 +59,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         _check_environment()
-        exit_code: int = args.run(args)
+        with warnings.catch_warnings():
+            # what is wrong with a picture is an error in one line, not a warning in two
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            exit_code: int = args.run(args)
+        if sys.stdout is not None:  # as it is where the shell closed it
+            sys.stdout.flush()
         return exit_code
     except UserError as error:
-        print(f"fusedres: {error}", file=sys.stderr)
+        complain(error)
         return error.exit_code
     except TrainingError as error:
-        print(f"fusedres: {error}", file=sys.stderr)
+        complain(error)
         return 1
     except (MemoryError, RuntimeError) as error:
         explained = _explained(error)
         if explained is None:
             raise
-        print(f"fusedres: {explained}", file=sys.stderr)
+        complain(explained)
         return 1
+    except BrokenPipeError:  # `head`, say, has read what it wanted
+        _discard_output()
+        return 141
     except OSError as error:
-        print(f"fusedres: {error}", file=sys.stderr)
+        complain(error)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"fusedres: {stop if str(stop) else 'interrupted'}", file=sys.stderr)
+        complain(stop if str(stop) else "interrupted")
         return 130
+
+
+def _discard_output() -> None:
+    """Give what is still buffered somewhere to go when Python flushes it at exit."""
+    with suppress(OSError, ValueError):  # no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explained(error: MemoryError | RuntimeError) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,3 +31,13 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def printable(text: object) -> str:
+    """In one line that leaves a terminal as it is: a file name may hold newlines and worse."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def complain(error: object) -> None:
+    """Say what is wrong, in one line on stderr."""
+    print(f"fusedres: {printable(error)}", file=sys.stderr)

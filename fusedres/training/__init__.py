@@ -6,7 +6,7 @@ pip install "fusedres[train]".
 
 from fusedres.training.checkpoint import Checkpoint, Network
 from fusedres.training.classifier import Classifier, Prediction
-from fusedres.training.data import Data, load
+from fusedres.training.data import Data, Failure, find_pictures, load
 from fusedres.training.files import CheckpointError, DataError, TrainingError
 from fusedres.training.preprocess import Preprocess
 from fusedres.training.recipe import Recipe
@@ -21,6 +21,7 @@ __all__ = [
     "DataError",
     "Epoch",
     "Evaluation",
+    "Failure",
     "Network",
     "Prediction",
     "Preprocess",
@@ -29,6 +30,7 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "evaluate",
+    "find_pictures",
     "load",
     "resume",
     "train",

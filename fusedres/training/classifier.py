@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fusedres.training.checkpoint import Checkpoint
-from fusedres.training.data import Data, read_picture
-from fusedres.training.files import DataError
+from fusedres.training.data import Data, Failure, read_picture
+from fusedres.training.files import DataError, TrainingError
 from fusedres.training.preprocess import unit
 from fusedres.training.recipe import amp_dtype
 from fusedres.training.trainer import Evaluation, check_backend, evaluate
+
+BATCH_SIZE = 32
+READERS = 4  # threads that read pictures, at most: each may hold a large one
+
+Ranking = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Prediction:
     """
 
     path: Path
-    ranking: tuple[tuple[str, float], ...]
+    ranking: Ranking
 
 
 class Classifier:
@@ -50,19 +59,83 @@ class Classifier:
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.preprocess, self.classes = self.checkpoint.preprocess, self.checkpoint.classes
 
-    @torch.inference_mode()
     def predict(self, path: str | Path) -> Prediction:
         """What one picture is taken for, in fp32.
 
         Raises:
             DataError: it cannot be read.
+            TrainingError: the network's outputs are not finite.
         """
-        picture = read_picture(Path(path), self.preprocess.size, self.preprocess.channels)
-        logits = self.model(self.preprocess(unit(picture.unsqueeze(0).to(self.device))))
-        probabilities = F.softmax(logits[0].to(torch.float64), 0).cpu()
-        order = probabilities.argsort(descending=True, stable=True).tolist()
-        ranking = tuple((self.classes[i], probabilities[i].item()) for i in order)
+        (ranking,) = self._rankings([self._read(Path(path))])
         return Prediction(Path(path), ranking)
+
+    def predict_many(
+        self, paths: Iterable[str | Path], *, batch_size: int = BATCH_SIZE
+    ) -> Iterator[Prediction | Failure]:
+        """What pictures are taken for, in fp32 and in their order; while a batch goes through the
+        network the next one is read.
+
+        Args:
+            paths: picture files, any number; no more of them is taken than is read.
+            batch_size: pictures that go through the network together, at least 1.
+
+        Returns:
+            An iterator over a Prediction for each path, or a Failure where it cannot be read. It
+            raises TrainingError where the network's outputs are not finite.
+
+        Raises:
+            ValueError: batch_size is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        return self._predict_many(map(Path, paths), batch_size)
+
+    def _predict_many(
+        self, paths: Iterator[Path], batch_size: int
+    ) -> Iterator[Prediction | Failure]:
+        readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+
+        def begin() -> list[tuple[Path, Future[Tensor | DataError]]]:
+            return [(p, readers.submit(self._try_to_read, p)) for p in islice(paths, batch_size)]
+
+        try:
+            batch = begin()
+            while batch:
+                following = begin()
+                results = [(path, future.result()) for path, future in batch]
+                rankings = iter(self._rankings([r for _, r in results if isinstance(r, Tensor)]))
+                for path, result in results:
+                    if isinstance(result, DataError):
+                        yield Failure(path, result)
+                    else:
+                        yield Prediction(path, next(rankings))
+                batch = following
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+    def _read(self, path: Path) -> Tensor:
+        return read_picture(path, self.preprocess.size, self.preprocess.channels)
+
+    def _try_to_read(self, path: Path) -> Tensor | DataError:
+        try:
+            return self._read(path)
+        except DataError as error:
+            return error
+
+    @torch.inference_mode()
+    def _rankings(self, pictures: Sequence[Tensor]) -> list[Ranking]:
+        """Of pictures uint8 [H, W, C], which go through the network together."""
+        if not pictures:
+            return []
+        images = torch.stack(list(pictures)).to(self.device)
+        logits = self.model(self.preprocess(unit(images))).to(torch.float64)
+        if not logits.isfinite().all():
+            raise TrainingError("the network's outputs are not finite: its weights are of no use")
+        probabilities, order = F.softmax(logits, 1).sort(dim=1, descending=True, stable=True)
+        return [
+            tuple((self.classes[i], p) for i, p in zip(labels, shares, strict=True))
+            for labels, shares in zip(order.tolist(), probabilities.tolist(), strict=True)
+        ]
 
     def evaluate(self, data: Data, part: str = "test") -> Evaluation:
         """How the network does on labelled pictures, in the dtype it was trained in.

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from fusedres.training.data.arrays import from_arrays, read_hdf5, read_npz
-from fusedres.training.data.folder import from_folder
+from fusedres.training.data.folder import find_pictures, from_folder
 from fusedres.training.data.pictures import (
     SMALLEST,
     ArrayPictures,
     Data,
+    Failure,
     FilePictures,
     Pictures,
     hold_out,
@@ -24,7 +25,16 @@ from fusedres.training.data.pictures import (
 )
 from fusedres.training.files import DataError, require
 
-__all__ = ["ArrayPictures", "Data", "FilePictures", "Pictures", "load", "read_picture"]
+__all__ = [
+    "ArrayPictures",
+    "Data",
+    "Failure",
+    "FilePictures",
+    "Pictures",
+    "find_pictures",
+    "load",
+    "read_picture",
+]
 
 
 def load(source: str | Path, size: int | tuple[int, int] | None = None) -> Data:

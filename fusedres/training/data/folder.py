@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from fusedres.training.data.pictures import (
     SMALLEST,
     ArrayPictures,
     Data,
+    Failure,
     FilePictures,
     Pictures,
     hold_out,
+    opened,
 )
-from fusedres.training.files import DataError, one_line, require
+from fusedres.training.files import DataError, require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 TRAIN = ("train", "training")  # in any case
@@ -50,6 +53,51 @@ def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
             for index in hold_out(whole, classes, str(path))
         )
     return Data(_held(train), _held(test), classes, str(path))
+
+
+def find_pictures(folder: str | Path) -> tuple[list[Path], list[Failure]]:
+    """Every picture at any depth below a folder, told by the suffixes of formats that Pillow reads.
+
+    Hidden files and folders are left out. Links to files count as files; links to folders are not
+    followed, as they may lead in a circle.
+
+    Returns:
+        The pictures, sorted; and the folders that could not be read, or `folder` where it holds no
+        picture.
+
+    Raises:
+        TrainingError: Pillow is not installed; says how to install it.
+    """
+    suffixes = _suffixes_that_pillow_reads()
+    found: list[Path] = []
+    wrong: list[Failure] = []
+
+    def failed(error: OSError) -> None:
+        path = Path(error.filename)
+        wrong.append(Failure(path, DataError(f"{path}: cannot read: {error.strerror}")))
+
+    for root, folders, files in os.walk(folder, onerror=failed):
+        folders[:] = (name for name in folders if not name.startswith("."))
+        shown = (Path(root, name) for name in files if not name.startswith("."))
+        found += (path for path in shown if path.suffix.lower() in suffixes)
+    if not found and not wrong:
+        wrong.append(Failure(Path(folder), DataError(f"{folder}: no pictures in it")))
+    return sorted(found), sorted(wrong, key=lambda failure: failure.path)
+
+
+def _suffixes_that_pillow_reads() -> set[str]:
+    require("PIL", "pillow", "reading pictures")
+    from PIL import Image, ImageFile
+
+    Image.preinit()  # as in `opened`
+    found = set()
+    for suffix, name in Image.registered_extensions().items():
+        factory = Image.OPEN.get(name, (None,))[0]  # None: Pillow only writes the format
+        # a stub tells a format, HDF5 for one, that Pillow does not decode
+        stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+        if factory is not None and not stub:
+            found.add(suffix)
+    return found
 
 
 def _part(path: Path, names: Sequence[str]) -> Path | None:
@@ -91,17 +139,11 @@ def _files(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]
 
 def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
     """(H, W): that of pictures of one size up to LARGEST, or SIZE."""
-    require("PIL", "pillow", "reading pictures")
-    from PIL import Image
-
     sizes = set()
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
-        try:
-            with Image.open(path) as image:
-                on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-                sizes.add(image.size[::-1] if on_its_side else image.size)
-        except Exception as error:  # as in read_picture
-            raise DataError(f"{path}: not a picture that can be read: {one_line(error)}") from None
+        with opened(path) as image:
+            on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            sizes.add(image.size[::-1] if on_its_side else image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (SIZE, SIZE)
     if max(width, height) > LARGEST:
         return SIZE, SIZE

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import stat
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +90,19 @@ class FilePictures(Pictures):
 
     def read(self, index: Sequence[int]) -> Tensor:
         return torch.stack([read_picture(self.paths[i], self.size, self.channels) for i in index])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be read, where others can.
+
+    Attributes:
+        path: a picture, or a folder.
+        error: why; names the path.
+    """
+
+    path: Path
+    error: DataError
 
 
 @dataclass(frozen=True)
@@ -175,24 +191,55 @@ def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> Tensor
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
-        DataError: no such file, no picture, a damaged one, or one of more than 8 bits a channel.
+        DataError: as `opened`; or it has more than 8 bits a channel.
+    """
+    with opened(path) as image:
+        from PIL import Image, ImageOps
+
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise DataError(f"{path}: has more than 8 bits a channel (mode {image.mode})")
+        ImageOps.exif_transpose(image, in_place=True)
+        fitted = ImageOps.fit(image.convert(MODES[channels]), size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).view(*size, channels)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A picture file as Pillow's image, of which the header has been read.
+
+    Raises:
+        DataError: no such file, not a regular one, not to be read, no picture, a damaged one (also
+            where decoding it within the `with` block finds so), or one of more pixels than
+            PIL.Image.MAX_IMAGE_PIXELS, of which none has been decoded.
     """
     require("PIL", "pillow", "reading pictures")
-    from PIL import Image, ImageOps
+    from PIL import Image
 
+    # all of Pillow's formats, in the order in which open() adds them: while one thread does so,
+    # open() in another takes what it has not seen yet for no picture
+    Image.preinit()
+    Image.init()
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a named pipe is to wait for a writer
+            raise DataError(f"{path}: not a regular file")
         with Image.open(path) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise DataError(f"{path}: has more than 8 bits a channel (mode {image.mode})")
-            upright = ImageOps.exif_transpose(image).convert(MODES[channels])
-        fitted = ImageOps.fit(upright, size[::-1], Image.Resampling.BICUBIC)
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:  # Pillow only warns
+                raise DataError(
+                    f"{path}: refused as a decompression bomb: {image.width}x{image.height} "
+                    f"pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}"
+                )
+            yield image
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: refused as a decompression bomb: {one_line(error)}") from None
     except Exception as error:  # of many kinds: a damaged file can end anywhere in a decoder
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path}: cannot read: {error.strerror}") from None
         raise DataError(f"{path}: not a picture that can be read: {one_line(error)}") from None
-    return torch.from_numpy(np.array(fitted)).view(*size, channels)
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
