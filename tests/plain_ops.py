@@ -29,6 +29,25 @@ def add_relu_bwd(grad: Tensor, out: Tensor) -> Tensor:
     return torch.where(out <= 0, torch.zeros_like(grad), grad)
 
 
+def conv_act_fwd(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    *rest: Any,
+) -> tuple[Tensor]:
+    """act(conv(x)*scale + bias [+ residual])."""
+    stride, padding, dilation, groups = rest[:4]
+    y = _convolved(x, weight, Conv(tuple(stride), tuple(padding), tuple(dilation), groups))
+    wide = y.to(stat_dtype(x.dtype))
+    wide = wide if scale is None else wide * per_channel(scale.to(wide.dtype))
+    wide = wide if bias is None else wide + per_channel(bias.to(wide.dtype))
+    wide = wide if residual is None else wide + residual
+    return ((wide.relu() if relu else wide).to(x.dtype),)
+
+
 def gradient(
     grad: Tensor, extra: Tensor | None, a: Tensor | None, y: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,15 @@ OURS = ["fusedres", "fusedres-reference"]
             "graph",
         ),
         ("cudnn-fused-graph", "cudnn-fused-graph", "cudnn-fused", None, None, "graph"),
+        ("fusedres-cpp-frozen", "fusedres-cpp-frozen", "fusedres", "cpp", "auto", ""),
+        (
+            "fusedres-auto-frozen-split-graph",
+            "fusedres-auto-frozen-graph",
+            "fusedres",
+            "auto",
+            "split",
+            "graph",
+        ),
     ],
 )
 def test_a_name_says_whose_and_how(
@@ -49,6 +58,7 @@ def test_a_name_says_whose_and_how(
     way = Way(name)
     found = (way.name, way.model, way.backend, way.plan, way.mode)
     assert found == (shown, model, backend, plan, mode)
+    assert way.frozen == ("frozen" in name)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +78,7 @@ def test_names_that_are_none(name: str) -> None:
         ("graph", SMALL, "graph needs a GPU"),
         ("cudnn-fused", replace(SMALL, training=False), "cudnn-fused needs a GPU"),
         ("compile-freeze", SMALL, "for inference"),
+        ("fusedres-auto-frozen", SMALL, "fusedres-auto-frozen is for inference"),
         ("timm", BLOCK, "runs whole networks"),
         ("fusedres-cuda", SMALL, "'cuda' serves cuda tensors, not cpu"),
     ],
@@ -82,7 +93,8 @@ def test_what_cannot_run_is_said_before_it_is_built(name: str, work: Workload, r
 def test_providers_compute_the_same(work: Workload) -> None:
     truth = build("eager", work)
     truth.run()
-    for name in OURS if work.training else ["eager-nchw", "fusedres-auto"]:
+    inferring = ["eager-nchw", "fusedres-auto", "fusedres-auto-frozen", "fusedres-reference-frozen"]
+    for name in OURS if work.training else inferring:
         ours = build(name, work)
         result = ours.run()
         torch.testing.assert_close(ours.output[0], truth.output[0], rtol=1e-10, atol=1e-10)
@@ -122,6 +134,10 @@ def test_half_types_train_under_autocast_and_infer_with_cast_weights() -> None:
     assert {p.dtype for p in served.model.parameters()} == {torch.bfloat16}
     assert trained.output[0].dtype == served.output[0].dtype == torch.bfloat16
     assert trained.model.training and not served.model.training
+    frozen = build("fusedres-auto-frozen", replace(work, training=False))
+    frozen.run()
+    assert frozen.backend == trained.backend and isinstance(frozen.model.bn1, torch.nn.Identity)
+    torch.testing.assert_close(frozen.output[0], served.output[0], rtol=0.1, atol=0.1)
 
 
 def test_providers_say_what_runs_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,36 @@ def test_without_the_librarys_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
         if serves("cpp", "conv_act", dtype):
             for layer in LAYERS:
                 pooled(layer, ("cpp", "split"), dtype, CHANNELS_LAST)
+
+
+def test_cudnns_epilogue_is_given_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two functions in plain torch: order of arguments, and what it is not asked for."""
+    called: list[str] = []
+
+    def conv_relu(x, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+        called.append("relu")
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def conv_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+        called.append("add_relu")
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+    fake = SimpleNamespace(
+        cudnn_convolution_relu=conv_relu,
+        cudnn_convolution_add_relu=conv_add_relu,
+        convolution=library.aten.convolution,
+    )
+    monkeypatch.setattr(library, "aten", fake)
+    monkeypatch.setattr(library, "_fused_by", lambda x, conv: "cudnn" * conv.even_padding())
+    for layer in [*LAYERS, *GROUPED]:
+        t = layer.inputs(Maker(torch.float64, CHANNELS_LAST))
+        parts = t["weight"], layer.conv(), t["scale"], t["bias"]
+        for inputs in (t, t | {"residual": None}):
+            called.clear()
+            ours = library.conv_act(t["x"], *parts, inputs["residual"], layer.relu)
+            torch.testing.assert_close(ours, layer.plain(inputs), rtol=1e-12, atol=1e-12)
+            expected = ["add_relu" if inputs["residual"] is not None else "relu"]
+            assert called == expected * (layer.relu and layer.conv().even_padding())
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)

@@ -99,7 +99,7 @@ def test_models_of_ones_own(name: str, backend: str) -> None:
             out, truth = frozen(batch), model(batch)
             close(out, truth)
             order = fusedres._tensors.stored_format(batch)
-            assert out.is_contiguous(memory_format=order)
+            assert out.dim() != 4 or out.is_contiguous(memory_format=order)
 
 
 class Aliases(nn.Module):

@@ -136,9 +136,10 @@ def _conv(s: Setting) -> Arguments:
     return [*given, ("groups", "int", s.conv.groups)]
 
 
-def _way(s: Setting) -> Arguments:
+def _way(s: Setting, name: str) -> Arguments:
     fused = (
-        s.conv.has_cpu_kernel(s.weight(12).shape)
+        name != "conv_act_fwd"
+        and s.conv.has_cpu_kernel(s.weight(12).shape)
         and backends.kernels("cpp", "conv_bn").multiplies(s.dtype)
         and s.seed % 4 > 0
     )
@@ -159,6 +160,14 @@ def _conv_bn_bwd(s: Setting) -> Arguments:
     given += [("training", "bool", s.training)]
     given += [("need_input", "bool", True), ("need_weight", "bool", True)]
     return [*given, *_types("bn_weight_dtype", "bn_bias_dtype")]
+
+
+def _conv_act_fwd(s: Setting) -> Arguments:
+    k = s.filters
+    given = _tensors(x=s.full(0), weight=s.weight(12), scale=s.vector(16, 0.25, k))
+    given += _tensors(bias=s.vector(17, count=k) if s.tracked else None)
+    given += _tensors(residual=s.full(18, s.out) if s.mixed else None)
+    return [*given, ("relu", "bool", s.relu), *_conv(s)[2:]]
 
 
 def _stem_fwd(s: Setting) -> Arguments:
@@ -219,12 +228,13 @@ REGISTERED: dict[str, Callable[[Setting], Arguments]] = {
         *_tensors(residual=s.full(4)),
         *_act(s)[-1:],
     ],
+    "conv_act_fwd": _conv_act_fwd,
     "conv_bn_fwd": _conv_bn_fwd,
     "conv_bn_bwd": _conv_bn_bwd,
     "conv_bn_relu_maxpool_fwd": _stem_fwd,
     "conv_bn_relu_maxpool_bwd": _stem_bwd,
 }
-WITH_PLAN = [name for name in REGISTERED if name.startswith("conv_bn")]
+WITH_PLAN = [name for name in REGISTERED if name.startswith("conv_")]
 NAMES = [f"native.{n}" for n in NATIVE] + [f"ops.{n}" for n in REGISTERED]
 IN_BLOCKS = " in blocks"  # such calls have kernels of their own on the CPU
 CPU_NAMES = [f"ops.{n}{IN_BLOCKS}" for n in ("conv_bn_fwd", "conv_bn_bwd")]
@@ -239,7 +249,7 @@ def call_of(name: str, backend: str, s: Setting) -> Call:
         arguments, function = build(s), getattr(backends.kernels(backend, op), name)
     else:
         arguments = [*REGISTERED[name](s), ("backend", "backend", backend)]
-        arguments += _way(s) if name in WITH_PLAN else []
+        arguments += _way(s, name) if name in WITH_PLAN else []
         packet = getattr(torch.ops.fusedres, name)
         schema = [a.name for a in packet.default._schema.arguments]
         arguments = [(n, *rest) for n, (_, *rest) in zip(schema, arguments, strict=True)]  # type: ignore[misc]

@@ -626,12 +626,12 @@ def test_batches(classifier: Classifier, tmp_path: Path, batch_size: int) -> Non
     paths[2:2] = [tmp_path / "absent.png"]
     paths[5:5] = [tmp_path] * 3  # a batch of failures only
     sizes: list[int] = []
-    hook = classifier.model.register_forward_pre_hook(
+    hook = classifier._frozen.register_forward_pre_hook(
         lambda module, inputs: sizes.append(len(inputs[0])) or check(inputs[0])
     )
 
     def check(images: Tensor) -> None:
-        assert images.dtype == torch.float32
+        assert images.dtype == torch.uint8
 
     found = list(classifier.predict_many(map(str, paths), batch_size=batch_size))
     hook.remove()
@@ -678,7 +678,7 @@ def test_the_next_batch_is_read_meanwhile(
 
     monkeypatch.setattr(classifier_module, "read_picture", read)
     seen = []
-    hook = classifier.model.register_forward_pre_hook(
+    hook = classifier._frozen.register_forward_pre_hook(
         lambda module, inputs: seen.append(second.wait(60))
     )
     paths = [folder / "0.png", folder / "1.png"]

@@ -8,7 +8,8 @@ A name says whose model it is and how it is run:
 - "torchvision", "timm": theirs, where they are installed, else as "eager";
 - "fusedres-auto", "fusedres-cpp", "fusedres-cuda", "fusedres-triton", "fusedres-reference": ours by
   that backend; "fusedres-triton-split", "fusedres-triton-masks" by that plan or dataflow;
-  "fusedres" by what is in force where it runs;
+  "fusedres" by what is in force where it runs; "-frozen" behind the backend is inference by the
+  model that `fusedres.freeze` makes: "fusedres-cpp-frozen", "fusedres-triton-frozen-split";
 - a suffix says how: "-graph" in a CUDA graph; "-compile" by torch.compile, "-compile-graph" in its
   mode reduce-overhead, "-compile-max" in max-autotune, "-compile-max-nograph" in
   max-autotune-no-cudagraphs, "-compile-freeze" with weights frozen (inference). Of "eager" the
@@ -40,7 +41,7 @@ from fusedres._tensors import autocast
 from fusedres.bench.harness import captured
 from fusedres.bench.measure import name_of, own_backends
 from fusedres.models import FusedResNet50
-from fusedres.nn import ConvBlock, IdentityBlock, report, unfuse
+from fusedres.nn import ConvBlock, IdentityBlock, freeze, report, unfuse
 
 COMPILED: dict[str, dict[str, Any]] = {
     "compile": {},
@@ -102,6 +103,7 @@ class Way:
         name: without the plan.
         model: "eager", "eager-nchw", "torchvision", "timm", "fusedres" or "cudnn-fused".
         backend, plan: of fusedres; None for the others.
+        frozen: whether it is a frozen model.
         mode: "", "graph" or one of COMPILED.
 
     Raises:
@@ -111,6 +113,7 @@ class Way:
     def __init__(self, name: str) -> None:
         self.backend: str | None = None
         self.plan: str | None = None
+        self.frozen = False
         head, self.mode = _split_mode(name)
         self.name, self.model = name, head or "eager"
         if head == "fusedres":
@@ -118,8 +121,11 @@ class Way:
             return
         if head.startswith("fusedres-"):
             self.model, (self.backend, *plan) = "fusedres", head.split("-")[1:]
+            self.frozen = plan[:1] == ["frozen"]
+            plan = plan[self.frozen :]
             self.plan = plan[0] if plan else "auto"
-            self.name = f"fusedres-{self.backend}" + (f"-{self.mode}" if self.mode else "")
+            parts = ("fusedres", self.backend, "frozen" if self.frozen else "", self.mode)
+            self.name = "-".join(part for part in parts if part)
             named = self.plan in backends.PLANS or is_plan(self.plan)
             known = self.backend in backends.NAMES and named
             if known and len(plan) < 2:
@@ -128,7 +134,7 @@ class Way:
             return
         raise ValueError(
             f"provider: got {name!r}, accepted: {', '.join(PLAIN)}, fusedres, "
-            f"fusedres-BACKEND[-PLAN] (BACKEND: {', '.join(backends.NAMES)}; PLAN: "
+            f"fusedres-BACKEND[-frozen][-PLAN] (BACKEND: {', '.join(backends.NAMES)}; PLAN: "
             f"{', '.join(backends.PLANS)}), each as it is or with -graph, "
             f"{', '.join(f'-{mode}' for mode in COMPILED)}; for eager the suffix alone"
         )
@@ -138,7 +144,8 @@ class Way:
         on_gpu = torch.device(work.device).type == "cuda"
         if not on_gpu and (self.model == CUDNN or self.mode in ("graph", "compile-graph")):
             return f"{self.name} needs a GPU"
-        if work.training and (self.model == CUDNN or self.mode == "compile-freeze"):
+        infers = self.frozen or self.model == CUDNN or self.mode == "compile-freeze"
+        if work.training and infers:
             return f"{self.name} is for inference"
         if self.model in (*FOREIGN, CUDNN) and work.block is not None:
             return f"{self.name} runs whole networks"
@@ -158,12 +165,15 @@ def default_names(work: Workload, quick: bool = False) -> list[str]:
         ours = [f"fusedres-{backend}" for backend in ("auto", *own)]
         if "triton" in own:
             ours.append("fusedres-triton-split")
+        frozen = [f"fusedres-{backend}-frozen" for backend in ("auto", *own)]
+        ours = ours if work.training else frozen
         names += [name + suffix for name in ours for suffix in ("", "-graph")]
         names += ["graph", CUDNN, f"{CUDNN}-graph", "compile-graph"]
         names += [] if quick else ["compile"]
     else:
         names += [] if quick else ["compile", "compile-freeze"]
         names += [f"fusedres-{backend}" for backend in own]
+        names += [f"fusedres-{backend}-frozen" for backend in own]
         names += [] if quick else ["fusedres-reference"]
     names += FOREIGN
     return [name for name in names if Way(name).unavailable(work) is None]
@@ -210,6 +220,8 @@ def build(name: str, work: Workload, pool: Any = None) -> Provider:
     if reason is not None:
         raise RuntimeError(reason)
     model, inputs, target = _build(way, work)
+    if way.frozen:
+        model = freeze(model, dtype=work.dtype)
     net: Callable[[Tensor], Tensor] = model
     if way.model == CUDNN:
         net = _cudnn_fused(model, work.dtype)

@@ -65,8 +65,10 @@ def pack(
         folded = weight.to(wide) * scale.to(wide).view(-1, 1, 1, 1)
         weight = folded.to(x.dtype)
     if bias is not None:
-        bias = bias.to(x.dtype)
+        bias = _dense(bias.to(x.dtype))
     fused = _fused_by(x, conv)
+    if fused == "onednn":
+        weight = _dense(weight)
     clean = fused != "onednn" or finite(weight, bias)
     if not clean:
         fused = ""  # oneDNN's ReLU makes zero of NaN
@@ -115,6 +117,13 @@ def bound(x: Tensor, packed: Packed, joined: bool, relu: bool, into: bool = Fals
     if fitted is x:
         return inner
     return lambda x, residual: inner(pad(x, weight, conv)[0], residual)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Without strides of its own and a sign to come, which oneDNN does not see."""
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t.resolve_neg()
+    return t.contiguous().resolve_neg()
 
 
 def finite(*tensors: Tensor | None) -> bool:

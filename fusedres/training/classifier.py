@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres.nn import freeze
 from fusedres.training.checkpoint import Checkpoint
 from fusedres.training.data import Data, Failure, read_picture
 from fusedres.training.files import DataError, TrainingError
-from fusedres.training.preprocess import unit
 from fusedres.training.recipe import amp_dtype
 from fusedres.training.trainer import Evaluation, check_backend, evaluate
 
@@ -58,6 +58,8 @@ class Classifier:
         self.model = self.checkpoint.model().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.preprocess, self.classes = self.checkpoint.preprocess, self.checkpoint.classes
+        # takes pictures as they are read
+        self._frozen = freeze(self.model, mean=self.preprocess.mean, std=self.preprocess.std)
 
     def predict(self, path: str | Path) -> Prediction:
         """What one picture is taken for, in fp32.
@@ -128,7 +130,7 @@ class Classifier:
         if not pictures:
             return []
         images = torch.stack(list(pictures)).to(self.device)
-        logits = self.model(self.preprocess(unit(images))).to(torch.float64)
+        logits = self._frozen(images).to(torch.float64)
         if not logits.isfinite().all():
             raise TrainingError("the network's outputs are not finite: its weights are of no use")
         probabilities, order = F.softmax(logits, 1).sort(dim=1, descending=True, stable=True)
