@@ -87,6 +87,35 @@ def test_fp64_equals_the_model(name: str, record_property: Any) -> None:
     assert all(torch.equal(found[name], true) for name, true in truth.items())
 
 
+@pytest.mark.parametrize("name", peers.MODELS)
+def test_frozen(name: str) -> None:
+    """Evaluation mode's numbers in fp64, on maps of several sizes; the original stays as it was."""
+    torch.manual_seed(0)
+    plain = peers.make(name).double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    plain.eval()
+    before = copy.deepcopy(plain.state_dict())
+    frozen = fusedres.freeze(fusedres.fuse(plain))
+    assert isinstance(frozen, type(plain))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+    rows = fusedres.report(frozen)
+    assert len(rows) == sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+    assert {row.runs for row in rows} == {"fused"}  # also those of gates, which have a bias
+    with torch.no_grad():
+        for shape in ((2, 3, 64, 64), (1, 3, 96, 64), (3, 3, 64, 64)):
+            x = torch.randn(shape).double()
+            for order in (torch.contiguous_format, torch.channels_last):
+                ours, truth = frozen(x.contiguous(memory_format=order)), plain(x)
+                assert near(logits(ours), logits(truth))
+    after = plain.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def near(ours: Tensor, truth: Tensor) -> bool:
     return worst({"": ours}, {"": truth})[0] < 1e-9
 
