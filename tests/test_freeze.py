@@ -22,6 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedres
 from fusedres import freeze, fuse, report, use_backend
 from fusedres.library import conv_act as library
+from fusedres.models import stages
 from fusedres.nn.frozen import FrozenModule
 from fusedres.nn.graphs import Graphs
 from fusedres.ops.conv_act import way_of
@@ -68,8 +69,22 @@ def close(ours: Any, truth: Any, tolerance: float = 1e-9) -> None:
 # --- numbers --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of few channels and blocks."""
+    monkeypatch.setattr(stages, "_PLANES", (16, 16, 24, 32))
+    for depth in (18, 50):
+        monkeypatch.setitem(stages._DEPTHS, depth, (1, 2, 1, 1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
+def test_variants_against_evaluation_mode(name: str, dtype: torch.dtype, narrow: None) -> None:
+    test_against_evaluation_mode(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet50"])
 def test_against_evaluation_mode(name: str, dtype: torch.dtype) -> None:
     """Error against fp64 at most twice that of plain evaluation mode in the same dtype."""
     torch.manual_seed(0)
@@ -189,7 +204,7 @@ def test_a_convolution_of_two_places_is_folded_twice() -> None:
         close(frozen(x), model(x))
 
 
-def test_no_image_is_too_odd() -> None:
+def test_no_image_is_too_odd(narrow: None) -> None:
     """Views, crops, a batch of none, sizes in turn: nothing bound for one is used for another."""
     model = moved(fusedres.resnet18(4)).double()
     frozen, big = freeze(model), torch.randn(5, 3, 90, 80).double()
@@ -202,7 +217,7 @@ def test_no_image_is_too_odd() -> None:
 # --- what stays, what is kept, what comes back ----------------------------------------------------
 
 
-def test_the_original_stays_as_it_was() -> None:
+def test_the_original_stays_as_it_was(narrow: None) -> None:
     model = moved(fusedres.resnet18(4)).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     frozen = freeze(model, dtype=torch.bfloat16)
@@ -220,7 +235,7 @@ def test_the_original_stays_as_it_was() -> None:
     assert not pointers & {t.data_ptr() for t in frozen.state_dict().values()}
 
 
-def test_a_state_dict_is_loaded_without_the_original() -> None:
+def test_a_state_dict_is_loaded_without_the_original(narrow: None) -> None:
     x = torch.randn(2, 3, 64, 64)
     first = freeze(moved(fusedres.resnet18(4)))
     stream = io.BytesIO()
@@ -260,7 +275,7 @@ def test_copies_and_pickles() -> None:
             assert not torch.equal(again(x), truth) and torch.equal(frozen(x), truth)
 
 
-def test_another_dtype_packs_anew() -> None:
+def test_another_dtype_packs_anew(narrow: None) -> None:
     model = moved(fusedres.resnet18(4))
     frozen, x = freeze(model), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -394,7 +409,7 @@ def test_transforms_and_subclasses() -> None:
     )
 
 
-def test_autocast_and_inference_mode() -> None:
+def test_autocast_and_inference_mode(narrow: None) -> None:
     model = moved(fusedres.resnet18(4))
     frozen, x = freeze(model), torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
@@ -438,7 +453,7 @@ def test_compiled_and_exported_it_is_plain_ops() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_frames_as_they_are(dtype: torch.dtype) -> None:
+def test_frames_as_they_are(dtype: torch.dtype, narrow: None) -> None:
     """Normalised, then padded with zeros: borders count most where the map is small."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     model = moved(fusedres.resnet18(4))
@@ -465,7 +480,7 @@ def test_frames_as_they_are(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_eight_threads_give_the_bits_of_one(dtype: torch.dtype) -> None:
+def test_eight_threads_give_the_bits_of_one(dtype: torch.dtype, narrow: None) -> None:
     """Also while it is bound for the first time, for several shapes at once."""
     state = moved(fusedres.resnet18(4)).state_dict()
     images = [torch.randn(1 + i % 3, 3, 64, 64 + 32 * (i % 2)).to(dtype) for i in range(24)]
@@ -572,7 +587,7 @@ def test_packed_weights_are_shared_and_few(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(frozen._frozen._bound) <= 8 and len(frozen._frozen._packs) <= 8
 
 
-def test_errors_are_one_clear_line() -> None:
+def test_errors_are_one_clear_line(narrow: None) -> None:
     frozen = freeze(fusedres.resnet18(4))
     frames = freeze(fusedres.resnet18(4), mean=(0.5,) * 3, std=(0.2,) * 3)
     x = torch.randn(2, 3, 64, 64)

@@ -403,12 +403,15 @@ class Runner:
         self._dtype = dtype
         self._vectors = None if normalization is None else normalization.vectors(x.device, dtype)
         self._own = {0} if normalization is not None else set[int]()  # values that are ours alone
+        self._of_frames = False  # value 0 is the uint8 image
         private = _private(program)
         values = self._start(x)
         self._steps: list[Bound] = []
         for step in program.steps:
             if isinstance(step, ConvBN):
                 run = self._convolution(step, values, step.residual in private and _ends(step))
+                if self._of_frames and step.input == 0:
+                    values[0] = x.contiguous()
             else:
                 run = self._other(step)
             run(values)
@@ -423,7 +426,9 @@ class Runner:
 
     def _start(self, x: Tensor) -> Values:
         values: Values = [None] * self._length
-        if self._vectors is not None:
+        if self._of_frames:
+            values[0] = x.contiguous()
+        elif self._vectors is not None:
             values[0] = normalized(x, self._vectors, self._dtype)
         else:
             values[0] = x if x.dtype == self._dtype else x.to(self._dtype)
@@ -453,10 +458,12 @@ class Runner:
         _check_size(owner, step, x)
         x = x.contiguous(memory_format=torch.channels_last)
         relu = step.relu and step.pool is None
+        alone = step.input == 0 and 0 in step.frees and step.residual != 0
         one = bind(
             x, conv.weight, geometry(conv), conv.bias, joined=residual is not None, relu=relu,
-            into=into, packs=self._packs,
+            into=into, packs=self._packs, frames=self._vectors if alone else None,
         )  # fmt: skip
+        self._of_frames |= one.of_frames
         self.keeps_nan &= one.keeps_nan
         self.makes_nan |= one.makes_nan
         self.ways.append((step.conv, one.backend, one.plan))

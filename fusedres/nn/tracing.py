@@ -98,9 +98,10 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        own = (*self.root.parameters(), *self.root.buffers())
-        if isinstance(a, Tensor) and all(a is not t for t in own):
-            raise Untraceable("it uses a tensor that is no parameter or buffer")
+        if isinstance(a, Tensor):
+            own = (*self.root.parameters(), *self.root.buffers())
+            if all(a is not t for t in own):
+                raise Untraceable("it uses a tensor that is no parameter or buffer")
         if isinstance(a, nn.Module):
             raise Untraceable("it passes a module to a function")
         return super().create_arg(a)

@@ -116,6 +116,7 @@ class Bound(NamedTuple):
         backend, plan: what runs.
         keeps_nan: whether NaN goes through its ReLU; else it becomes zero.
         makes_nan: whether a weight is infinite or NaN, where somebody had to ask.
+        of_frames: whether `run` takes uint8 [N, H, W, C] in x's place, and normalises it.
     """
 
     run: Callable[[Tensor, Tensor | None], Tensor]
@@ -123,6 +124,7 @@ class Bound(NamedTuple):
     plan: str
     keeps_nan: bool
     makes_nan: bool = False
+    of_frames: bool = False
 
 
 def bind(
@@ -135,6 +137,7 @@ def bind(
     relu: bool,
     into: bool,
     packs: dict[Any, Any],
+    frames: tuple[Tensor, Tensor] | None = None,
 ) -> Bound:
     """conv_act with all that depends on weights, shapes and settings done beforehand; arguments are
     right, as nothing is checked.
@@ -148,6 +151,8 @@ def bind(
         relu: whether to end in ReLU.
         into: the result may take the residual's memory.
         packs: by what they depend on, weights in the order a kernel wants them; takes new ones.
+        frames: [C] each, what x was made with from uint8 images: a scale and a shift. Given, a
+            kernel that can take the images themselves does.
     """
     choice = backends.choose(OP, x.device.type, x.dtype)
     if choice.backend == "reference":
@@ -167,14 +172,18 @@ def bind(
         run = split.bound(x, packed, joined, relu, into)
         keeps_nan = not relu or packed.fused != "onednn"
         return Bound(run, backend, plan, keeps_nan, not packed.finite)
-    kernel, cast = backends.kernels(backend, OP).conv_act, weight.to(x.dtype)
+    room, cast = backends.kernels(backend, OP), weight.to(x.dtype)
+    if key not in packs:
+        packs[key] = room.pack(cast, conv)
     vector = None if bias is None else bias.to(stat_dtype(x.dtype))
+    normalize = frames if room.reads_image(cast, conv) else None
+    more = {"packed": packs[key], "normalize": normalize}
 
     def fused(x: Tensor, residual: Tensor | None) -> Tensor:
-        y: Tensor = kernel(x, cast, conv, None, vector, residual, relu)
+        y: Tensor = room.conv_act(x, cast, conv, None, vector, residual, relu, **more)
         return y
 
-    return Bound(fused, backend, plan, True)
+    return Bound(fused, backend, plan, True, of_frames=normalize is not None)
 
 
 def conv_act(
