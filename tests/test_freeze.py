@@ -275,6 +275,21 @@ def test_copies_and_pickles() -> None:
             assert not torch.equal(again(x), truth) and torch.equal(frozen(x), truth)
 
 
+def test_slices_and_replicas_are_plain() -> None:
+    model = moved(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4))).double()
+    frozen, x = freeze(model), torch.randn(2, 3, 9, 9).double()
+    with torch.no_grad():
+        close(frozen[:3](x), model[:3](x))
+        close(frozen[3](frozen[:3](x)), frozen(x))
+        replica = frozen._replicate_for_data_parallel()
+        replica._modules = {k: copy.deepcopy(m) for k, m in frozen._modules.items()}
+        replica._modules["0"].weight.zero_()
+        assert torch.equal(replica(x), replica.forward_plainly(x))
+        assert not torch.equal(replica(x), frozen(x))
+        close(frozen(x), model(x))
+        close(frozen[:3].float()(x.float()), model[:3].float()(x.float()), 1e-4)
+
+
 def test_another_dtype_packs_anew(narrow: None) -> None:
     model = moved(fusedres.resnet18(4))
     frozen, x = freeze(model), torch.randn(2, 3, 64, 64)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedres._checks import DTYPES
-from fusedres.nn.frozen import FrozenModule, Normalization, convert, thaw
+from fusedres.nn.frames import Normalization
+from fusedres.nn.frozen import FrozenModule, convert, thaw
 from fusedres.nn.fuse import unfuse
 from fusedres.nn.program import Program, at
 from fusedres.nn.tracing import trace

@@ -1,96 +1,46 @@
-"""What a frozen module runs: its Program, bound to the weights and to one shape of input at a time.
+"""A frozen module: its class, and the engine that runs its Program, bound to weights and shapes.
 
-The first call with a shape goes through the steps one by one and binds each to what it found there:
-kernel, packed weights, pads. Later ones run what was bound. Anything that could make it wrong (a
-weight changed, a hook, another backend) is looked at in every call, by some hundred comparisons.
+Anything that could make what is bound wrong (a weight changed, a hook, another backend) is looked
+at in every call, by some hundred comparisons.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fusedres import backends
-from fusedres._conv import output_shape
-from fusedres._tensors import stat_dtype, stored_format
 from fusedres.library.conv_act import finite
+from fusedres.nn.frames import Normalization, normalized
 from fusedres.nn.graphs import Graphs
-from fusedres.nn.layers import geometry
-from fusedres.nn.program import Add, Call, ConvBN, Program, at
+from fusedres.nn.program import Program, at
+from fusedres.nn.runner import Runner
 from fusedres.nn.tracing import trace
 from fusedres.ops._contract import autocast_on, compute_dtype, exporting
-from fusedres.ops.conv_act import bind
 
 KEPT = 8  # shapes of input
-Values = list[Any]
-Bound = Callable[[Values], None]
-
-
-class Normalization(NamedTuple):
-    """From uint8 images to what a model was trained on: u/255 less mean, over std, a channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, mean: object, std: object) -> Self | None:
-        """Checked; None where neither is given."""
-        if mean is None and std is None:
-            return None
-        values: dict[str, Any] = {"mean": mean, "std": std}
-        for name, given in values.items():
-            if not isinstance(given, Sequence) or not all(
-                isinstance(v, int | float) and not isinstance(v, bool) for v in given
-            ):
-                raise TypeError(
-                    f"freeze: {name} must be a number for each channel, got {given!r}"
-                    + ("; mean and std come together" if given is None else "")
-                )
-        means, stds = (tuple(map(float, given)) for given in values.values())
-        if len(means) != len(stds) or not means:
-            raise ValueError(
-                f"freeze: mean and std must be of as many channels, got {len(means)} and "
-                f"{len(stds)}"
-            )
-        if not all(0 < s < float("inf") for s in stds) or not all(abs(m) < 1e6 for m in means):
-            raise ValueError(
-                f"freeze: mean must be finite, std above 0, got {list(means)} and {list(stds)}"
-            )
-        return cls(means, stds)
-
-    def vectors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[C] each, for images to be of that dtype: what u is multiplied by, and what is added."""
-        options = {"dtype": stat_dtype(dtype), "device": device}
-        scale = torch.tensor([1 / (255 * s) for s in self.std], **options)  # type: ignore[arg-type]
-        shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
-        return scale, torch.tensor(shift, **options)  # type: ignore[arg-type]
-
-
-def normalized(images: Tensor, vectors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """uint8 [N, H, W, C] -> [N, C, H, W] in channels_last, rounded once."""
-    scale, shift = vectors
-    return torch.addcmul(shift, images.to(scale.dtype), scale).to(dtype).permute(0, 3, 1, 2)
 
 
 class FrozenModule(nn.Module):
     """What a module's class is joined with by `freeze`."""
 
-    _frozen: Engine
+    _frozen: Engine | None = None  # None: of a slice of a frozen nn.Sequential
     _functions: dict[str, Callable[..., Any]]  # that its Program calls by name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's own; of one tensor alone by bound kernels."""
         engine = self._frozen
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if engine is None or not one or not engine.belongs_to(self):
             return super().forward(*args, **kwargs)
         x = args[0]
         if torch.compiler.is_compiling() or exporting():
@@ -102,7 +52,8 @@ class FrozenModule(nn.Module):
         return super().forward(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._frozen.forget()
+        if self._frozen is not None:
+            self._frozen.forget()
         return super()._apply(fn, recurse)
 
     def __init_subclass__(cls, **_: Any) -> None:
@@ -186,7 +137,16 @@ class Engine:
         self._inside, self._cuda_graph, self._normalization = inside, cuda_graph, normalization
         self._lock = threading.RLock()
         self._graphs = Graphs(KEPT)
+        self._owner: weakref.ref[FrozenModule] | None = (
+            None  # copies and unpickled ones find theirs
+        )
         self.forget()
+
+    def belongs_to(self, module: FrozenModule) -> bool:
+        """Whether it is this module's: a replica, as of nn.DataParallel, has that of another."""
+        if self._owner is None or self._owner() is None:
+            self._owner = weakref.ref(module)
+        return self._owner() is module
 
     def forget(self) -> None:
         """All that was bound."""
@@ -237,7 +197,7 @@ class Engine:
         if self._normalization is None or x.dtype != torch.uint8:
             return x
         dtype = next((p.dtype for p in owner.parameters() if p.is_floating_point()), torch.float32)
-        self._check_frames(owner, x, self._normalization)
+        self._normalization.check(own_class(owner).__name__, x)
         return normalized(x, self._normalization.vectors(x.device, dtype), dtype)
 
     # --- what it looks at
@@ -272,7 +232,7 @@ class Engine:
         """
         name, weight = own_class(owner).__name__, watch.first
         if x.dtype == torch.uint8 and self._normalization is not None:
-            self._check_frames(owner, x, self._normalization)
+            self._normalization.check(own_class(owner).__name__, x)
             return weight.dtype
         dtype = compute_dtype(x) if x.is_floating_point() else x.dtype
         if dtype != weight.dtype and not (x.is_floating_point() and autocast_on(x)):
@@ -290,13 +250,6 @@ class Engine:
             raise ValueError(f"{name}: the input is on {x.device}, the weights on {weight.device}")
         return dtype
 
-    def _check_frames(self, owner: nn.Module, x: Tensor, normalization: Normalization) -> None:
-        name, channels = own_class(owner).__name__, len(normalization.mean)
-        if x.dim() != 4 or x.size(3) != channels:
-            raise ValueError(
-                f"{name}: uint8 images must be [N, H, W, {channels}], got {list(x.shape)}"
-            )
-
     # --- binding
 
     def _bind(
@@ -310,7 +263,8 @@ class Engine:
             size = key[1:] + (x.shape[1:], min(2, x.size(0)))
             packs = self._packs.setdefault(size, {})
             normalization = self._normalization if x.dtype == torch.uint8 else None
-            runner = Runner(owner, self._program, packs, x, dtype, normalization)
+            name = own_class(owner).__name__
+            runner = Runner(name, owner, self._program, packs, x, dtype, normalization)
             self._bound[key] = runner
             for kept in (self._bound, self._packs):
                 while len(kept) > KEPT:
@@ -378,201 +332,5 @@ class Watch:
         return any(t.requires_grad for _, _, t, _ in self._weights)
 
 
-class Runner:
-    """A Program bound to weights and to one shape of input; made by its first run.
-
-    Attributes:
-        keeps_nan: whether NaN in the input comes out as it does of plain modules.
-        makes_nan: whether a weight is infinite or NaN.
-        ways: (path of a convolution, backend, plan).
-    """
-
-    def __init__(
-        self,
-        owner: FrozenModule,
-        program: Program,
-        packs: dict[Any, Any],
-        x: Tensor,
-        dtype: torch.dtype,
-        normalization: Normalization | None,
-    ) -> None:
-        self.keeps_nan, self.makes_nan = True, False
-        self.ways = list[tuple[str, str, str]]()
-        self._owner, self._packs = owner, packs
-        self._output, self._length = program.output, len(program.steps) + 1
-        self._dtype = dtype
-        self._vectors = None if normalization is None else normalization.vectors(x.device, dtype)
-        self._own = {0} if normalization is not None else set[int]()  # values that are ours alone
-        self._of_frames = False  # value 0 is the uint8 image
-        private = _private(program)
-        values = self._start(x)
-        self._steps: list[Bound] = []
-        for step in program.steps:
-            if isinstance(step, ConvBN):
-                run = self._convolution(step, values, step.residual in private and _ends(step))
-                if self._of_frames and step.input == 0:
-                    values[0] = x.contiguous()
-            else:
-                run = self._other(step)
-            run(values)
-            self._steps.append(run)
-        del self._owner
-
-    def __call__(self, x: Tensor) -> Any:
-        values = self._start(x)
-        for run in self._steps:
-            run(values)
-        return self._finished(values, x)
-
-    def _start(self, x: Tensor) -> Values:
-        values: Values = [None] * self._length
-        if self._of_frames:
-            values[0] = x.contiguous()
-        elif self._vectors is not None:
-            values[0] = normalized(x, self._vectors, self._dtype)
-        else:
-            values[0] = x if x.dtype == self._dtype else x.to(self._dtype)
-        return values
-
-    def _finished(self, values: Values, x: Tensor) -> Any:
-        out = values[self._output]
-        map_to_map = isinstance(out, Tensor) and out.dim() == 4 and self._vectors is None
-        return out.contiguous(memory_format=stored_format(x)) if map_to_map else out
-
-    def _other(self, step: Add | Call) -> Bound:
-        owner, out, frees = self._owner, step.out, step.frees
-
-        def other(values: Values) -> None:
-            values[out] = step.run(owner, values, False)  # type: ignore[arg-type]
-            for i in frees:
-                values[i] = None
-
-        return other
-
-    def _convolution(self, step: ConvBN, values: Values, into: bool) -> Bound:
-        owner, x = self._owner, values[step.input]
-        residual = None if step.residual is None else values[step.residual]
-        conv = at(owner, step.conv)
-        if not _is_image(x, self._dtype, conv.weight) or not _joins(residual, x, conv):
-            return _plainly(owner, step)
-        _check_size(owner, step, x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        relu = step.relu and step.pool is None
-        alone = step.input == 0 and 0 in step.frees and step.residual != 0
-        one = bind(
-            x, conv.weight, geometry(conv), conv.bias, joined=residual is not None, relu=relu,
-            into=into, packs=self._packs, frames=self._vectors if alone else None,
-        )  # fmt: skip
-        self._of_frames |= one.of_frames
-        self.keeps_nan &= one.keeps_nan
-        self.makes_nan |= one.makes_nan
-        self.ways.append((step.conv, one.backend, one.plan))
-        pool = _pool(owner, step, x, conv)
-        run, at_x, at_r, out, frees = one.run, step.input, step.residual, step.out, step.frees
-        stored = {step.input in self._own, step.residual is None or step.residual in self._own}
-        dense = stored == {True}
-        self._own.add(out)
-
-        def convolution(values: Values) -> None:
-            x = values[at_x]
-            r = None if at_r is None else values[at_r]
-            if not dense:
-                x = x.contiguous(memory_format=torch.channels_last)
-                r = None if r is None else r.contiguous(memory_format=torch.channels_last)
-            y = run(x, r)
-            values[out] = y if pool is None else pool(y)
-            for i in frees:
-                values[i] = None
-
-        return convolution
-
-
 def _clean(x: Tensor) -> bool:
     return x.dtype == torch.uint8 or finite(x)
-
-
-def _private(program: Program) -> set[int]:
-    """Values that only convolutions and adds read: no call can have kept them, or be a view."""
-    made = {step.out for step in program.steps if isinstance(step, ConvBN | Add)}
-    shown = {program.output}
-    for step in program.steps:
-        if isinstance(step, Call):
-            shown.update(step.reads())
-    return made - shown
-
-
-def _ends(step: ConvBN) -> bool:
-    return step.residual in step.frees and step.residual != step.input
-
-
-def _is_image(x: object, dtype: torch.dtype, weight: Tensor) -> bool:
-    return (
-        type(x) is Tensor
-        and x.dim() == 4
-        and x.dtype == dtype
-        and x.device == weight.device
-        and x.layout is torch.strided
-    )
-
-
-def _joins(residual: object, x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether there is none, or one that is added without broadcasting or promotion."""
-    if residual is None:
-        return True
-    shape = output_shape(x.shape, conv.weight.shape, geometry(conv))
-    alike = _is_image(residual, x.dtype, conv.weight)
-    return alike and tuple(residual.shape) == shape  # type: ignore[attr-defined]
-
-
-def _check_size(owner: nn.Module, step: ConvBN, x: Tensor) -> None:
-    conv = at(owner, step.conv)
-    out = output_shape(x.shape, conv.weight.shape, geometry(conv))
-    if step.pool is not None and min(out[2:]) > 0:
-        pool = at(owner, step.pool)
-        shrunk = 2 * pool.padding - pool.kernel_size
-        out = (*out[:2], *((s + shrunk) // pool.stride + 1 for s in out[2:]))
-    if min(out[2:]) < 1:
-        raise ValueError(
-            f"{own_class(owner).__name__}: the input is too small: nothing is left of it behind "
-            f"{step.pool or step.conv}, where it is {list(x.shape)}"
-        )
-
-
-def _pool(
-    owner: nn.Module, step: ConvBN, x: Tensor, conv: nn.Conv2d
-) -> Callable[[Tensor], Tensor] | None:
-    """The ReLU and the max pool behind a convolution."""
-    if step.pool is None:
-        return None
-    pool = at(owner, step.pool)
-    window = pool.kernel_size, pool.stride, pool.padding
-    backend = backends.backend_for("bn_relu_maxpool", x)
-    if backend == "reference":
-        return lambda y: F.max_pool2d(y.relu_(), *window)
-    kernel = backends.kernels(backend, "bn_relu_maxpool").bn_relu_maxpool_fwd
-    zeros = torch.zeros(conv.out_channels, dtype=stat_dtype(x.dtype), device=x.device)
-    ones = torch.ones_like(zeros)
-
-    def pooled(y: Tensor) -> Tensor:
-        p: Tensor = kernel(y, zeros, ones, zeros, *window)
-        return p
-
-    return pooled
-
-
-def _plainly(owner: nn.Module, step: ConvBN) -> Bound:
-    """The modules of a step one by one, where what comes is nothing that kernels take."""
-    modules = [at(owner, path) for path in (step.conv, step.bn) if path]
-    pool = None if step.pool is None else at(owner, step.pool)
-
-    def plainly(values: Values) -> None:
-        y = values[step.input]
-        for module in modules:
-            y = module(y)
-        y = y if step.residual is None else y + values[step.residual]
-        y = F.relu(y) if step.relu else y
-        values[step.out] = y if pool is None else pool(y)
-        for i in step.frees:
-            values[i] = None
-
-    return plainly

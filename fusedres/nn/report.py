@@ -110,7 +110,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _of_frozen(path: str, module: FrozenModule) -> Iterator[Row]:
-    program = module._frozen.program(module)
+    program = "" if module._frozen is None else module._frozen.program(module)
     if isinstance(program, str):
         return
     for step in program.pairs():
