@@ -23,6 +23,7 @@ import fusedres
 from fusedres import freeze, fuse, report, use_backend
 from fusedres.library import conv_act as library
 from fusedres.models import stages
+from fusedres.nn import frozen as frozen_module
 from fusedres.nn.frozen import FrozenModule
 from fusedres.nn.graphs import Graphs
 from fusedres.ops.conv_act import way_of
@@ -358,6 +359,10 @@ def test_gradients_where_they_are_wanted() -> None:
     frozen.layer1.requires_grad_()
     frozen(x).sum().backward()
     assert frozen.layer1[0].conv1.weight.grad.any() and frozen.layer1[0].conv1.bias.grad.any()
+    frozen.requires_grad_(False)
+    frozen.fc = nn.Linear(32, 3).double()  # as for a probe of what was learnt
+    frozen(x).sum().backward()
+    assert frozen.fc.weight.grad.any()
 
 
 def test_hooks_see_tensors() -> None:
@@ -565,6 +570,28 @@ def test_graphs_are_kept_for_the_last_shapes() -> None:
         assert all(pool.map(work, range(8)))
     graphs.forget()
     assert all(g.retired for g in Replayed.made)
+
+
+def test_a_graph_is_recorded_anew_where_any_tensor_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for a GPU: a graph holds the addresses of all that it reads."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(frozen_module, "_on_gpu", lambda x: True)
+    frozen, x = freeze(moved(Small()), cuda_graph=True), torch.randn(2, 3, 32, 32)
+    frozen._frozen._graphs = Graphs(8, Replayed)
+    Replayed.made = []
+    with torch.no_grad():
+        close(frozen(x), frozen.forward_plainly(x), 1e-4)
+        frozen(x)
+        assert len(Replayed.made) == 1
+        frozen.fc.weight = nn.Parameter(frozen.fc.weight * 2, requires_grad=False)
+        close(frozen(x), frozen.forward_plainly(x), 1e-4)
+        assert len(Replayed.made) == 2 and Replayed.made[0].retired
+        frozen(x[:1])
+        frozen(torch.randn(2, 3, 32, 32))
+        assert len(Replayed.made) == 3
 
 
 def test_cuda_graph_needs_a_gpu() -> None:

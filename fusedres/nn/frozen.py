@@ -169,7 +169,7 @@ class Engine:
         watch = self._watch
         if not owner.training and (watch is None or watch.changed()):
             watch = self._look(owner)
-        if owner.training or watch is None or watch.touched() or self._differentiates(watch, x):
+        if owner.training or watch is None or watch.touched() or self._differentiates(owner, x):
             return owner.forward_plainly(self.plain_input(owner, x))
         dtype = self._checked(owner, watch, x)
         with torch.no_grad():
@@ -182,15 +182,17 @@ class Engine:
                 runner = self._bind(owner, watch, key, x, dtype)
             if not runner.keeps_nan and (runner.makes_nan or not _clean(x)):
                 return owner.forward_plainly(self.plain_input(owner, x))
-            if self._cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing():
+            if self._cuda_graph and _on_gpu(x) and not torch.cuda.is_current_stream_capturing():
                 return self._graphs.run(key, runner, x)
             return runner(x)
 
-    def _differentiates(self, watch: Watch, x: Tensor) -> bool:
+    def _differentiates(self, owner: nn.Module, x: Tensor) -> bool:
         """Whether a gradient is wanted, or a tensor is of a kind that kernels do not know."""
         if type(x) not in (Tensor, nn.Parameter) or backends.transforming():
             return True
-        return torch.is_grad_enabled() and (x.requires_grad or watch.requires_grad())
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(p.requires_grad for p in owner.parameters())
 
     def plain_input(self, owner: nn.Module, x: Tensor) -> Tensor:
         """What the module's own forward takes: images of uint8 normalised."""
@@ -216,7 +218,7 @@ class Engine:
                 program = "no convolution is left in it"
             self._program = program
             if isinstance(program, Program):
-                self._watch = Watch.of(owner, program)
+                self._watch = Watch.of(owner, program, everything=self._cuda_graph)
             return self._watch
 
     def program(self, owner: FrozenModule) -> Program | str:
@@ -294,8 +296,8 @@ class Watch:
         self.channels = channels  # of the input
 
     @classmethod
-    def of(cls, owner: nn.Module, program: Program) -> Watch:
-        """As it is now."""
+    def of(cls, owner: nn.Module, program: Program, everything: bool = False) -> Watch:
+        """As it is now: what convolutions read, or everything that a CUDA graph may."""
         paths, weights, channels = list(program.watched), [], None
         for step in program.pairs():
             paths += [path for path in (step.conv, step.bn, step.pool) if path]
@@ -308,6 +310,13 @@ class Watch:
                     )
             if step.input == 0 and channels is None:
                 channels = conv.in_channels
+        for module in owner.modules() if everything else ():
+            for own in (module._parameters, module._buffers):
+                weights += [
+                    (own, name, t, 0 if t.is_inference() else t._version)
+                    for name, t in own.items()
+                    if t is not None
+                ]
         places: list[Any] = []
         for path in paths:
             parent, _, name = path.rpartition(".")
@@ -327,9 +336,9 @@ class Watch:
         everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return bool(everywhere or any(self._hooks) or any("forward" in own for own in self._own))
 
-    def requires_grad(self) -> bool:
-        """Whether a weight does."""
-        return any(t.requires_grad for _, _, t, _ in self._weights)
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _clean(x: Tensor) -> bool:
