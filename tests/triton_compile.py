@@ -53,7 +53,7 @@ GEMMS = tuple(
         *("fwd", "dgrad", "wgrad", "bwd", "spatial_fwd", "spatial_dgrad", "spatial_wgrad"),
         *("stem_fwd", "stem_wgrad"),
     )
-)
+) + ("conv_act_kernel",)
 
 
 def load(module: str) -> types.ModuleType:

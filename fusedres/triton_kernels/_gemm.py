@@ -16,7 +16,6 @@ from fusedres._tensors import INTERPRETED, conv_allows_tf32, stat_dtype
 from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import multiprocessors
 
-
 LEAST_STEPS = 4  # of a split of a reduction
 
 

@@ -1,5 +1,5 @@
-"""conv_act: a convolution of any kernel size, stride, padding and dilation as an implicit GEMM, with
-what an inference does to its result in the epilogue.
+"""conv_act: a convolution of any kernel size, stride, padding and dilation as an implicit GEMM,
+with what an inference does to its result in the epilogue.
 
     u[m, k] = sum over r, s, c of x[pixel of m at (r, s), c] * w[k, r, s, c]
     y = act(u*scale + bias [+ residual])              [M, K], M = N*OH*OW, rounded once
