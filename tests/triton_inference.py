@@ -5,6 +5,7 @@ and every configuration of its kernels. Nothing is computed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -76,25 +77,24 @@ def inference_step(batch: int, dtype: torch.dtype = torch.bfloat16) -> None:
     act(STEM, batch, dtype, frames=True)
 
 
-# a product, strided too, and a window, with and without residual; batches small enough for the
-# compilation to see what it sees at any
+# a product and a window by one program a tile, and by several; all that an epilogue may hold
 SWEPT = (
-    Layer(256, 512, 1, 1, 14, residual=True),
-    Layer(256, 512, 1, 2, 28, relu=False),
-    Layer(256, 256, 3, 1, 14),
-    Layer(256, 256, 3, 2, 28, residual=True),
-    Layer(64, 64, 3, 1, 56),
+    (Layer(256, 512, 1, 1, 14, residual=True), 1),
+    (Layer(256, 256, 3, 2, 28, residual=True), 1),
+    (Layer(256, 512, 1, 2, 28), 4),
+    (Layer(256, 256, 3, 1, 14), 4),
+    (STEM, 1),
 )
 
 
 def every_configuration(arch: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Each candidate for a target, alone and with a divided reduction."""
-    for layer in (*SWEPT, STEM):
+    """Each candidate for a target."""
+    for layer, programs in SWEPT:
         name = "act_stem" if layer is STEM else "act"
         kernel, stride = (layer.kernel,) * 2, (layer.stride,) * 2
         shape = Shape(layer.channels, layer.outs, kernel, stride)
         for config in _configs.candidates(name, shape, arch):
-            with _configs.trying({name: config}):
+            with _configs.trying({name: replace(config, programs=programs)}):
                 act(layer, 8, dtype)
 
 

@@ -213,7 +213,7 @@ def _act_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     columns = 128 if shape.out_channels > 64 else 64
     tiles = -(-shape.rows // 128) * -(-shape.out_channels // columns) if shape.rows else ENOUGH
     if tiles < ENOUGH:
-        return Config(64, 64, 64 if wgmma else 32, 4, 4)
+        return Config(64, 64, 64, 4, 4) if wgmma else Config(64, 64, 32, 4, 4)
     if not wgmma:
         return Config(128, 64, 32, 4, 3)
     return Config(128, columns, 64, 8 if columns == 128 else 4, 3)
@@ -277,9 +277,19 @@ def _stem_candidates(kernel: str) -> list[Config]:
 
 
 def _act_candidates(arch: int) -> list[Config]:
-    blocks = [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
-    blocks += [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8), (256, 128, 8)]
-    return [Config(m, n, k, w, s) for m, n, w in blocks for k, s in ((64, 3), (64, 4), (32, 4))]
+    """Those that spill on no target of their kind, with a divided reduction or without."""
+    if arch == HIP:
+        blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (64, 128, 32, 4), (128, 128, 32, 8)]
+        return [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (1, 2)]
+    if not 90 <= arch < 120:
+        blocks = [(64, 64, 32, 4), (64, 128, 32, 4), (128, 64, 32, 4), (128, 64, 32, 8)]
+        blocks += [(128, 128, 32, 8), (64, 64, 64, 4), (128, 64, 64, 8)]
+        return [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (3, 4)]
+    blocks = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
+    blocks += [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8)]
+    if arch < 100:  # beside a residual it spills on its successor
+        blocks.append((256, 128, 8))
+    return [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 4)]
 
 
 def _spatial_candidates(kernel: str) -> list[Config]:

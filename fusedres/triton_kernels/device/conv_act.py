@@ -31,12 +31,31 @@ from fusedres.triton_kernels.device.conv_bn_rows import reciprocal, walked, wind
 
 
 @triton.jit
+def taps_within(
+    top,  # [BM]: where the first tap of a window lies
+    left,
+    H,
+    W,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+):
+    """Which taps lie on the map, a bit for each: what a step asks takes one register a row."""
+    across = tl.zeros_like(left)
+    for s in tl.static_range(S):
+        across |= tl.where((left + s * DW).to(tl.uint32) < W.to(tl.uint32), 1 << s, 0)
+    seen = tl.zeros_like(left)
+    for r in tl.static_range(R):
+        seen |= tl.where((top + r * DH).to(tl.uint32) < H.to(tl.uint32), across << r * S, 0)
+    return seen
+
+
+@triton.jit
 def finish(
     u,  # [BM, BN]
-    scale_ptr,  # [K] in u's dtype; None: ones
-    bias_ptr,  # [K]; None: zeros
-    residual_ptr,  # [rows, K], or None
-    y_ptr,  # [rows, K]
+    given,  # pointers to scale and bias [K] in u's dtype, residual and y [rows, K]; None but of y:
+    # ones, zeros, zeros
     row0,  # of the tile, in 64 bits
     local,  # [BM], rows after it
     valid,  # [BM]
@@ -45,6 +64,7 @@ def finish(
     RELU: tl.constexpr,
 ):
     """Stores act(u*scale + bias [+ residual])."""
+    scale_ptr, bias_ptr, residual_ptr, y_ptr = given
     inside = cols < K
     at = row0 * K
     tile = local[:, None] * K + cols[None, :]
@@ -127,13 +147,18 @@ def conv_act_kernel(
             images = images.to(tl.int64)
         rows = (images * H + top) * row_stride + left * pixel
     at = rows[:, None] + tl.arange(0, BK)[None, :]
+    if PADDED and taps < 32:
+        seen = taps_within(top, left, H, W, R, S, DH, DW)
     first = 0
-    last = tl.cdiv(C, BK) * taps
+    steps = tl.cdiv(C, BK) * taps
+    out = row0.to(tl.int64)
     if SPLIT:
         first = tl.program_id(1) * each
-        last = tl.minimum(first + each, last)
+        steps = tl.minimum(steps - first, each)
+        out += tl.cast(tl.program_id(1), tl.int64) * M
     acc = tl.zeros((BM, BN), ACC)
-    for j in range(first, last):
+    for i in range(0, steps):
+        j = first + i
         c0 = j // taps * BK
         tap = j % taps
         ck = c0 + tl.arange(0, BK)
@@ -142,8 +167,11 @@ def conv_act_kernel(
         s = tap % columns * DW
         start = base + tl.cast(r, tl.int64) * row_stride + s * C + c0
         if PADDED:
-            present = within(top + r, left + s, H, W)[:, None]
-            mask = present if EVEN else present & in_c[None, :]
+            if taps < 32:
+                present = (seen >> tap) & 1 != 0
+            else:
+                present = within(top + r, left + s, H, W)
+            mask = present[:, None] if EVEN else present[:, None] & in_c[None, :]
             x = tl.load(x_ptr + start + at, mask=mask, other=0.0, cache_modifier=".ca")
         elif EVEN:
             x = tl.load(x_ptr + start + at)
@@ -155,11 +183,16 @@ def conv_act_kernel(
         else:
             w = tl.load(w_ptr + w_at, mask=in_c[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
-    out = row0.to(tl.int64)
-    if SPLIT:
-        out += tl.cast(tl.program_id(1), tl.int64) * M
     valid = tl.arange(0, BM) < count
-    finish(acc, scale_ptr, bias_ptr, residual_ptr, y_ptr, out, local, valid, cols, K, RELU)
+    given = (scale_ptr, bias_ptr, residual_ptr, y_ptr)
+    if BN < 128:
+        finish(acc, given, out, local, valid, cols, K, RELU)
+    else:  # one half after the other: of both, the residual's registers would spill
+        half: tl.constexpr = BN // 2
+        u, v = tl.split(tl.permute(tl.reshape(acc, (BM, 2, half)), (0, 2, 1)))
+        cols = pid % across * BN + tl.arange(0, half)
+        finish(u, given, out, local, valid, cols, K, RELU)
+        finish(v, given, out, local, valid, cols + half, K, RELU)
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -192,7 +225,8 @@ def conv_act_sum_kernel(
             row = tl.cast(s0 + s, tl.int64) * M + row0
             there = tl.full((BN,), s0 + s, tl.int32) < splits
             acc += tl.load(part_ptr + row * K + at, mask=mask & there[None, :], other=0.0)
-    finish(acc, scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, local, valid, cols, K, RELU)
+    given = (scale_ptr, bias_ptr, residual_ptr, y_ptr)
+    finish(acc, given, row0, local, valid, cols, K, RELU)
 
 
 @triton.jit(do_not_specialize=["H", "W", "HP", "top", "left"])
