@@ -118,7 +118,7 @@ def test_in_the_interpreter(
 
 @pytest.mark.slow  # .ci/run compiles them for more GPUs
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    """Those of a ResNet-50 training step, in bf16 for sm_90, by the gates of triton_compile.py."""
+    """Those of a ResNet-50, in training and inference, in bf16 for sm_90."""
     launches, table = launches_of_a_step(tmp_path / "launches.json"), tmp_path / "table.json"
     arguments = (str(TESTS / "triton_compile.py"), str(launches), "--out", str(table))
     run = python(*arguments, interpret=False)
@@ -128,6 +128,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     gemms = ("fwd", "dgrad", "wgrad", "finish", "spatial_fwd", "spatial_wgrad")
     gemms += ("spatial_dgrad", "stem_fwd", "stem_wgrad")
     assert {f"conv_bn_{k}_kernel" for k in gemms} <= kernels
+    assert {f"conv_act_{k}kernel" for k in ("", "sum_", "image_")} <= kernels
     assert len(rows) > 40
 
 

@@ -1,4 +1,5 @@
-"""Which kernels a training step launches, with what arguments: a list for triton_compile.py.
+"""Which kernels a training step launches, and an inference, with what arguments: a list for
+triton_compile.py.
 
 Nothing is computed and no GPU is needed: tensors are allocated and never touched, convolutions of
 the library return empty ones. Must run with TRITON_INTERPRET=1, where the triton backend takes CPU
@@ -337,6 +338,9 @@ def main() -> None:
     parser.add_argument(
         "--rare", nargs="+", default=[], help="targets that get what no ResNet-50 launches too"
     )
+    parser.add_argument(
+        "--every", nargs="+", default=[], help="targets that get every configuration of conv_act"
+    )
     options = parser.parse_args()
     lists = {}
     for target in options.targets:
@@ -350,7 +354,8 @@ def main() -> None:
             merged_backward(256, torch.bfloat16)
             for batch in (256, 8, 1):
                 inference_step(batch)
-            every_configuration(arch_of(target))
+            if target in options.every:
+                every_configuration(arch_of(target))
             if target in options.rare:
                 for dtype in (torch.bfloat16, torch.float32, torch.float64):
                     rare_spatial_dgrad(dtype)

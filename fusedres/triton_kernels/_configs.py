@@ -213,7 +213,7 @@ def _act_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     columns = 128 if shape.out_channels > 64 else 64
     tiles = -(-shape.rows // 128) * -(-shape.out_channels // columns) if shape.rows else ENOUGH
     if tiles < ENOUGH:
-        return Config(64, 64, 64, 4, 4) if wgmma else Config(64, 64, 32, 4, 4)
+        return Config(64, 64, 64, 4, 4 if wgmma else 3)
     if not wgmma:
         return Config(128, 64, 32, 4, 3)
     return Config(128, columns, 64, 8 if columns == 128 else 4, 3)
@@ -282,9 +282,10 @@ def _act_candidates(arch: int) -> list[Config]:
         blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (64, 128, 32, 4), (128, 128, 32, 8)]
         return [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (1, 2)]
     if not 90 <= arch < 120:
-        blocks = [(64, 64, 32, 4), (64, 128, 32, 4), (128, 64, 32, 4), (128, 64, 32, 8)]
-        blocks += [(128, 128, 32, 8), (64, 64, 64, 4), (128, 64, 64, 8)]
-        return [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (3, 4)]
+        blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (128, 64, 32, 8), (128, 64, 64, 8)]
+        blocks.append((128, 128, 32, 8))
+        found = [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (3, 4)]
+        return [*found, Config(64, 128, 32, 4, 3)]
     blocks = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
     blocks += [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8)]
     if arch < 100:  # beside a residual it spills on its successor
