@@ -32,6 +32,7 @@ FORMAT = 1
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
 _KERNELS = {"fwd", "dgrad", "wgrad", "bwd", "stem_wgrad"}
 _KERNELS |= {"fwd_plain", "wgrad_plain"}  # without a prologue
+_KERNELS |= {"act", "act_stem"}  # of inference
 _LIGHT_OPS = {"batch_norm", "bn_act", "bn_relu_maxpool", "add_relu"}
 _LIGHT_BACKENDS = {"cpp", "cuda", "triton"}
 _LIGHT = {"device", "dtype", "op", "bytes", "backend"}

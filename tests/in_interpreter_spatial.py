@@ -212,8 +212,7 @@ def test_when_offsets_are_of_64_bits() -> None:
     config = _gemm.Config(128, 64, 64, 4, 3)
 
     def wide(n: int, c: int, h: int, w: int, oh: int, ow: int) -> bool:
-        x = torch.empty(n, c, h, w, device="meta")
-        return _spatial._wide(x, torch.empty(n, 8, oh, ow, device="meta"), config)
+        return _spatial.is_wide(c * h * w, torch.empty(n, 8, oh, ow, device="meta"), config)
 
     assert not wide(256, 64, 112, 112, 112, 112)
     assert wide(2, 2**10, 2**10, 2**10, 2**10, 2**10)  # two images of 2^30

@@ -30,6 +30,8 @@ SUITES = {  # a name: the file, and what of it
     "in_interpreter, networks": ("in_interpreter", "small_resnet and (split or fused_1x1)"),
     "in_interpreter_dataflows": ("in_interpreter_dataflows", ""),
     "in_interpreter_tune": ("in_interpreter_tune", ""),
+    "in_interpreter_conv_act": ("in_interpreter_conv_act", "not (three_way or nan_and_inf)"),
+    "in_interpreter_conv_act_calls": ("in_interpreter_conv_act_calls", ""),
     "in_interpreter_merged": ("in_interpreter_merged", "not (half or three_way)"),
     "test_bn_act": ("test_bn_act", ELSE),
     "test_batch_norm": ("test_batch_norm", ELSE),
@@ -43,6 +45,7 @@ SLOW = {
         "small_resnet and not (split or fused_1x1)",
     ),
     "in_interpreter_spatial, fp32 and fp16": ("in_interpreter_spatial", "three_way"),
+    "in_interpreter_conv_act, the rest": ("in_interpreter_conv_act", "three_way or nan_and_inf"),
     "in_interpreter_merged, dtypes": ("in_interpreter_merged", "half or three_way"),
     "in_interpreter_spatial_dgrad": ("in_interpreter_spatial_dgrad", ""),
     "test_fuzz": ("test_fuzz", "triton"),
@@ -115,7 +118,7 @@ def test_in_the_interpreter(
 
 @pytest.mark.slow  # .ci/run compiles them for more GPUs
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    """Those of a ResNet-50 training step, in bf16 for sm_90, by the gates of triton_compile.py."""
+    """Those of a ResNet-50, in training and inference, in bf16 for sm_90."""
     launches, table = launches_of_a_step(tmp_path / "launches.json"), tmp_path / "table.json"
     arguments = (str(TESTS / "triton_compile.py"), str(launches), "--out", str(table))
     run = python(*arguments, interpret=False)
@@ -125,6 +128,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     gemms = ("fwd", "dgrad", "wgrad", "finish", "spatial_fwd", "spatial_wgrad")
     gemms += ("spatial_dgrad", "stem_fwd", "stem_wgrad")
     assert {f"conv_bn_{k}_kernel" for k in gemms} <= kernels
+    assert {f"conv_act_{k}kernel" for k in ("", "sum_", "image_")} <= kernels
     assert len(rows) > 40
 
 

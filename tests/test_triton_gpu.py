@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import Deferred, use_backend, use_plan
+from fusedres._conv import Conv, output_shape
 from fusedres._plan_table import Shape
 from fusedres._plans import DATAFLOWS
 from fusedres.models import stages
@@ -27,11 +29,15 @@ from fusedres.testing import (
     Inputs,
     Maker,
     Outputs,
+    assert_three_way,
     check_case,
     eager_batch_norm,
     norm_arguments,
     run,
 )
+
+if TYPE_CHECKING:
+    from fusedres.triton_kernels._launch import Launch
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -238,3 +244,135 @@ def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
             )
         for name, result in first.items():
             assert torch.equal(result, second[name]), (layer, name)
+
+
+@dataclass(frozen=True)
+class Act:
+    """A convolution of an inference, with all that may follow it; `frames`: of a camera's bytes."""
+
+    in_channels: int
+    out_channels: int
+    size: int
+    kernel: int = 1
+    stride: int = 1
+    residual: bool = False
+    batch: int = 8
+    frames: bool = False
+
+    def __str__(self) -> str:
+        flags = f"{self.kernel}x{self.kernel},s{self.stride},n{self.batch}"
+        flags += ",residual" * self.residual + ",frames" * self.frames
+        return f"{self.in_channels}-{self.out_channels}@{self.size},{flags}"
+
+    @property
+    def conv(self) -> Conv:
+        return Conv((self.stride,) * 2, (self.kernel // 2,) * 4, (1, 1), 1)
+
+    def inputs(self, make: Maker) -> Inputs:
+        shape = (self.batch, self.in_channels, self.size, self.size)
+        t = {"x": make.activation(*shape, grad=False)}
+        if self.frames:
+            pixels = (shape[0], *shape[2:], shape[1])
+            t["x"] = torch.randint(0, 256, pixels, dtype=torch.uint8, device="cuda")
+            t["times"] = torch.tensor([0.0171, 0.0175, 0.0174], device="cuda")
+            t["plus"] = torch.tensor([-2.1, -2.0, -1.8], device="cuda")
+        weight = make.weight(self.out_channels, self.in_channels, self.kernel, self.kernel)
+        t["weight"] = weight.detach()
+        norm = make.norm("n", self.out_channels)
+        t |= {"scale": norm["n.weight"].detach(), "bias": norm["n.bias"].detach()}
+        if self.residual:
+            out = output_shape(shape, weight.shape, self.conv)
+            t["residual"] = make.activation(*out, grad=False)
+        return t
+
+    def ours(self, t: Inputs) -> Tensor:
+        from fusedres.triton_kernels.conv_act import conv_act
+
+        normalize = (t["times"], t["plus"]) if self.frames else None
+        own = (t["scale"], t["bias"], t.get("residual"), True)
+        return conv_act(t["x"], t["weight"], self.conv, *own, normalize=normalize)
+
+    def plain(self, t: Inputs) -> Tensor:
+        x, dtype = t["x"], t["weight"].dtype
+        if self.frames:
+            x = (x * t["times"] + t["plus"]).to(dtype).permute(0, 3, 1, 2)
+        u = F.conv2d(x, t["weight"], None, self.stride, self.kernel // 2)
+        u = u * t["scale"].view(-1, 1, 1).to(dtype) + t["bias"].view(-1, 1, 1).to(dtype)
+        return (u + t["residual"] if self.residual else u).relu()
+
+
+ACTS = [
+    Act(64, 64, 56),
+    Act(64, 256, 56, residual=True),
+    Act(256, 64, 56),
+    Act(256, 512, 56, stride=2),
+    Act(128, 512, 28, residual=True),
+    Act(1024, 256, 14),
+    Act(1024, 2048, 14, stride=2),
+    Act(512, 2048, 7, residual=True),
+    Act(2048, 512, 7),
+    Act(64, 64, 56, 3),
+    Act(128, 128, 56, 3, 2),
+    Act(128, 128, 28, 3),
+    Act(256, 256, 14, 3),
+    Act(512, 512, 14, 3, 2),
+    Act(512, 512, 7, 3),
+    Act(512, 512, 7, 3, residual=True),
+    Act(24, 40, 13, 3, residual=True),  # no power of two
+    Act(5, 11, 9, 3),  # no access of 16 bytes
+    Act(3, 64, 224, 7, 2),
+    Act(3, 64, 224, 7, 2, frames=True),
+    Act(4, 96, 64, 11, 4),
+]
+
+
+def check_act(layer: Act, dtype: torch.dtype) -> list[Launch]:
+    """The three-way rule; which kernels ran."""
+    from fusedres.triton_kernels import _launch
+
+    t = layer.inputs(Maker(dtype, CHANNELS_LAST, "cuda"))
+    wide = {n: v if v.dtype == torch.uint8 else v.double() for n, v in t.items()}
+    with _launch.recording() as launches:
+        y = layer.ours(t)
+    assert_three_way("y", [y], [layer.plain(t)], [layer.plain(wide)], dtype)
+    return launches
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", ACTS, ids=str)
+def test_conv_act(layer: Act, dtype: torch.dtype, batch: int) -> None:
+    check_act(replace(layer, batch=batch), dtype)
+
+
+@pytest.mark.parametrize("programs", [2, 5, 64])
+@pytest.mark.parametrize("layer", [ACTS[5], ACTS[7], ACTS[14], ACTS[16], ACTS[19]], ids=str)
+def test_conv_act_by_several_programs(layer: Act, programs: int) -> None:
+    """A reduction divided; the same bits each time, and in a graph."""
+    from fusedres.triton_kernels import _configs
+
+    few = _configs.Config(64, 64, 64, 4, 3, programs)
+    with _configs.trying({"act": few, "act_stem": few}):
+        launches = check_act(replace(layer, batch=1), torch.bfloat16)
+        assert launches[-1].name == "conv_act_sum_kernel"
+        t = layer.inputs(Maker(torch.bfloat16, CHANNELS_LAST, "cuda"))
+        first, second = layer.ours(t), layer.ours(t)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            third = layer.ours(t)
+        graph.replay()
+    assert torch.equal(first, second) and torch.equal(first, third)
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize("layer", [*ACTS[:4], *ACTS[9:11], *ACTS[15:19]], ids=str)
+def test_every_configuration_of_conv_act(layer: Act, programs: int) -> None:
+    from fusedres.triton_kernels import _configs
+
+    kernel = "act_stem" if layer.in_channels <= 4 else "act"
+    sides = (layer.kernel, layer.kernel), (layer.stride, layer.stride)
+    shape = Shape(layer.in_channels, layer.out_channels, *sides)
+    arch = _configs.arch_of(torch.device("cuda", torch.cuda.current_device()))
+    for config in _configs.candidates(kernel, shape, arch):
+        with _configs.trying({kernel: replace(config, programs=programs)}):
+            check_act(layer, torch.bfloat16)

@@ -47,12 +47,15 @@ DEVICES = {
     "sm_120": Device("cuda", 120, 32, 101376, 102400, 65536, r"\bHMMA"),
     "gfx942": Device("hip", "gfx942", 64, 65536, 65536, 0, r"v_mfma"),
 }
-GEMMS = tuple(
-    f"conv_bn_{name}_kernel"
-    for name in (
-        *("fwd", "dgrad", "wgrad", "bwd", "spatial_fwd", "spatial_dgrad", "spatial_wgrad"),
-        *("stem_fwd", "stem_wgrad"),
-    )
+GEMMS = (
+    *(
+        f"conv_bn_{name}_kernel"
+        for name in (
+            *("fwd", "dgrad", "wgrad", "bwd", "spatial_fwd", "spatial_dgrad", "spatial_wgrad"),
+            *("stem_fwd", "stem_wgrad"),
+        )
+    ),
+    "conv_act_kernel",
 )
 
 

@@ -1,4 +1,5 @@
-"""Which kernels a training step launches, with what arguments: a list for triton_compile.py.
+"""Which kernels a training step launches, and an inference, with what arguments: a list for
+triton_compile.py.
 
 Nothing is computed and no GPU is needed: tensors are allocated and never touched, convolutions of
 the library return empty ones. Must run with TRITON_INTERPRET=1, where the triton backend takes CPU
@@ -20,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton_inference import every_configuration, inference_step, rare_inference
 
 import fusedres
 from fusedres import backends
@@ -49,6 +51,11 @@ _TYPES = {
 }
 
 
+def arch_of(target: str) -> int:
+    """As _configs has it."""
+    return int(target.removeprefix("sm_")) if target.startswith("sm_") else _configs.HIP
+
+
 @contextlib.contextmanager
 def dry(
     target: str = "sm_90", multiprocessors: int = 132, library: list[float] | None = None
@@ -57,7 +64,7 @@ def dry(
     receives the bytes of activations that each convolution of the library moves.
     """
     moved = [] if library is None else library
-    arch = int(target.removeprefix("sm_")) if target.startswith("sm_") else _configs.HIP
+    arch = arch_of(target)
     serves_all = replace(backends.BACKENDS["triton"], dtypes=tuple(_TYPES))
 
     def convolution(a: Tensor, weight: Tensor, conv: Any, memory_format: Any) -> Tensor:
@@ -303,6 +310,8 @@ def described(launch: Launch) -> dict[str, Any]:
     sizes = launch.arguments()
     depth = {"conv_bn_fwd_kernel": "C", "conv_bn_dgrad_kernel": "K"}.get(launch.name)
     shallow = depth is not None and sizes[depth] <= 128
+    if launch.name == "conv_act_kernel":
+        shallow = sizes["C"] * (sizes["R"] * sizes["S"] if not sizes["IMAGE"] else 1) <= 128
     if launch.name == "conv_bn_bwd_kernel":  # deeper, and dw leaves no registers for another
         shallow = sizes["K"] <= 64
     return {
@@ -329,6 +338,9 @@ def main() -> None:
     parser.add_argument(
         "--rare", nargs="+", default=[], help="targets that get what no ResNet-50 launches too"
     )
+    parser.add_argument(
+        "--every", nargs="+", default=[], help="targets that get every configuration of conv_act"
+    )
     options = parser.parse_args()
     lists = {}
     for target in options.targets:
@@ -340,6 +352,10 @@ def main() -> None:
             spatial_dgrad_step()
             stem_step(256, 224)
             merged_backward(256, torch.bfloat16)
+            for batch in (256, 8, 1):
+                inference_step(batch)
+            if target in options.every:
+                every_configuration(arch_of(target))
             if target in options.rare:
                 for dtype in (torch.bfloat16, torch.float32, torch.float64):
                     rare_spatial_dgrad(dtype)
@@ -350,6 +366,9 @@ def main() -> None:
                 sources = ("tensor", "none", "tensor_residual", "deferred_residual")
                 spatial_step(8, torch.bfloat16, layers, sources)
                 spatial_step(8, torch.float32, ((64, 56, 1), (13, 9, 1)), sources)
+                for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                    rare_inference(dtype)
+                    inference_step(8, dtype)
                 with fusedres.use_plan("fused"):
                     rare_variants(torch.float32)
         lists[target] = unique(launches)

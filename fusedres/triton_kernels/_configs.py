@@ -19,6 +19,7 @@ from fusedres._conv import STEM_CHANNELS
 from fusedres._plan_table import Shape, lookup, remembered
 
 HIP = 0  # the arch of what is not CUDA
+ENOUGH = 128  # tiles, about as many as large GPUs have multiprocessors
 MOST_PARTIALS = 1024  # rows of partial results that a second stage has to merge
 
 
@@ -33,7 +34,8 @@ class Config:
     BK: int
     num_warps: int
     num_stages: int
-    programs: int = 0  # on a multiprocessor, of a persistent grid; 0: it is not
+    programs: int = 0  # on a multiprocessor, of a persistent grid; 0: it is not. Of act: those that
+    # divide a reduction; 0: as many as a rule says
 
 
 @cache
@@ -49,7 +51,7 @@ def arch_of(device: torch.device) -> int:
 
 def config_of(
     kernel: str,  # "fwd", "dgrad", "wgrad"; "fwd_plain" and "wgrad_plain" without a prologue; "bwd"
-    # for the last two in one; "stem_wgrad"
+    # for the last two in one; "stem_wgrad"; "act" and "act_stem" of inference
     device: str,
     dtype: torch.dtype,
     shape: Shape,
@@ -91,6 +93,10 @@ def rule(kernel: str, itemsize: int, shape: Shape, residual: int, arch: int) -> 
     """What is taken where nothing was measured."""
     if kernel == "bwd":
         return _merged_rule(itemsize, shape, residual, arch)
+    if kernel == "act":
+        return _act_rule(itemsize, shape, residual, arch)
+    if kernel == "act_stem":
+        return _stem_rule("fwd", itemsize, shape.out_channels, arch)
     if shape.kernel != (1, 1):
         if kernel == "dgrad":
             return _spatial_dgrad_rule(itemsize, shape, residual, arch)
@@ -193,6 +199,26 @@ def _stem_rule(kernel: str, itemsize: int, out_channels: int, arch: int) -> Conf
     return Config(32, 256, 64, 8, 3) if wgmma else Config(32, 128, 64, 8, 2)
 
 
+def _act_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
+    """Of conv_act's implicit GEMM: large tiles, unless they would be too few."""
+    wgmma = 90 <= arch < 120
+    if itemsize == 8:
+        return Config(32, 32, 16, 4, 1)
+    if shape.in_channels % 16 or shape.out_channels % 16:  # Triton knows of multiples of 16 alone
+        return Config(64, 32, 32, 4, 1)
+    if itemsize == 4:
+        return Config(64, 64, 32, 4, 2)
+    if arch == HIP:
+        return Config(64, 64, 64, 4, 2)
+    columns = 128 if shape.out_channels > 64 else 64
+    tiles = -(-shape.rows // 128) * -(-shape.out_channels // columns) if shape.rows else ENOUGH
+    if tiles < ENOUGH:
+        return Config(64, 64, 64, 4, 4 if wgmma else 3)
+    if not wgmma:
+        return Config(128, 64, 32, 4, 3)
+    return Config(128, columns, 64, 8 if columns == 128 else 4, 3)
+
+
 def _merged_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Config:
     """For dgrad and wgrad in one: dw, BN by K, takes a quarter of the registers of 8 warps at most,
     and leaves a tile of g and y the rest, hence BM. With 3 stages a tile is on its way while
@@ -208,8 +234,12 @@ def _merged_rule(itemsize: int, shape: Shape, residual: int, arch: int) -> Confi
     return Config(32 if depth > 64 or residual else 64, columns, depth, warps, 3)
 
 
-def candidates(kernel: str, shape: Shape | None = None) -> list[Config]:
+def candidates(kernel: str, shape: Shape | None = None, arch: int = 90) -> list[Config]:
     """What is worth timing for half types; tests on a GPU hold each of them against fp64."""
+    if kernel == "act":
+        return _act_candidates(arch)
+    if kernel == "act_stem":
+        return _stem_candidates("fwd")
     if shape is not None and shape.kernel != (1, 1) and kernel != "dgrad":
         of_image = shape.in_channels <= STEM_CHANNELS
         return _stem_candidates(kernel) if of_image else _spatial_candidates(kernel)
@@ -244,6 +274,23 @@ def _stem_candidates(kernel: str) -> list[Config]:
         blocks = [(64, 4), (128, 4), (128, 8), (256, 8)]
         return [Config(m, 64, 32, w, s) for m, w in blocks for s in (3, 4)]
     return [Config(m, n, 64, 8, s) for m in (32, 64) for n in (128, 256) for s in (2, 3)]
+
+
+def _act_candidates(arch: int) -> list[Config]:
+    """Those that spill on no target of their kind, with a divided reduction or without."""
+    if arch == HIP:
+        blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (64, 128, 32, 4), (128, 128, 32, 8)]
+        return [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (1, 2)]
+    if not 90 <= arch < 120:
+        blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (128, 64, 32, 8), (128, 64, 64, 8)]
+        blocks.append((128, 128, 32, 8))
+        found = [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (3, 4)]
+        return [*found, Config(64, 128, 32, 4, 3)]
+    blocks = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
+    blocks += [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8)]
+    if arch < 100:  # beside a residual it spills on its successor
+        blocks.append((256, 128, 8))
+    return [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 4)]
 
 
 def _spatial_candidates(kernel: str) -> list[Config]:

@@ -16,6 +16,8 @@ from fusedres._tensors import INTERPRETED, conv_allows_tf32, stat_dtype
 from fusedres.triton_kernels._configs import HIP, MOST_PARTIALS, Config, arch_of, config_of
 from fusedres.triton_kernels._launch import multiprocessors
 
+LEAST_STEPS = 4  # of a split of a reduction
+
 
 class Dgrad(NamedTuple):
     """What a dgrad kernel leaves."""
@@ -88,6 +90,18 @@ def splits(
     wanted = max(1, each * multiprocessors(device) // programs)
     tiles = max(1, triton.cdiv(triton.cdiv(m, config.BM), wanted))
     return tiles, triton.cdiv(m, tiles * config.BM)
+
+
+def divided(steps: int, programs: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Steps of a split of a reduction, and splits: as many as the configuration says, else so many
+    that `programs` to each of them do not outnumber the multiprocessors. A split of fewer than
+    LEAST_STEPS is not worth the second stage.
+    """
+    wanted = config.programs
+    if not wanted:
+        wanted = min(multiprocessors(device) // programs, steps // LEAST_STEPS)
+    each = max(1, triton.cdiv(steps, max(1, wanted)))
+    return each, max(1, triton.cdiv(steps, each))
 
 
 def precision(dtype: torch.dtype) -> str:

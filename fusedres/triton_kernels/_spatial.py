@@ -50,9 +50,10 @@ def fwd(
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
         source.res_scale, source.res_bias, all_ones(x.device) if norm else None, krsc(weight),
         y, part, m, channels, outs,
-        x.size(2), x.size(3), y.size(2), y.size(3), tiles, *_geometry(weight, conv),
-        norm, residual, source.relu, stats, tiles > 1, _wide(x, y, config), precision(x.dtype),
-        acc(x.dtype), channels % config.BK == 0, config.BM, config.BN, config.BK,
+        x.size(2), x.size(3), y.size(2), y.size(3), tiles, *geometry(weight, conv),
+        norm, residual, source.relu, stats, tiles > 1, is_wide(x.shape[1:].numel(), y, config),
+        precision(x.dtype), acc(x.dtype), channels % config.BK == 0,
+        config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -79,9 +80,9 @@ def wgrad(
         x, source.mean, source.scale, source.bias, source.residual, source.res_mean,
         source.res_scale, source.res_bias, all_ones(x.device) if norm else None, dy, part,
         m, channels, outs,
-        x.size(2), x.size(3), dy.size(2), dy.size(3), tiles, *_geometry(weight, conv),
-        norm, residual, source.relu, _wide(x, dy, config), precision(x.dtype), acc(x.dtype),
-        config.BM, config.BN, config.BK,
+        x.size(2), x.size(3), dy.size(2), dy.size(3), tiles, *geometry(weight, conv),
+        norm, residual, source.relu, is_wide(x.shape[1:].numel(), dy, config),
+        precision(x.dtype), acc(x.dtype), config.BM, config.BN, config.BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -99,16 +100,16 @@ def krsc(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def _geometry(weight: Tensor, conv: Conv) -> tuple[int, ...]:
+def geometry(weight: Tensor, conv: Conv) -> tuple[int, ...]:
     """R, S, SH, SW, PT, PL, DH, DW of a kernel."""
     top, _, left, _ = conv.padding
     return (weight.size(2), weight.size(3), *conv.stride, top, left, *conv.dilation)
 
 
-def _wide(x: Tensor, y: Tensor, config: Config) -> bool:
-    """Whether BM rows of y read images of more than 2^31 elements, or a map is too long for the
-    quick division.
+def is_wide(elements: int, y: Tensor, config: Config) -> bool:
+    """Whether BM rows of y read images, of so many elements each, of more than 2^31 in all, or a
+    map is too long for the quick division.
     """
-    h, w, oh, ow = x.size(2), x.size(3), y.size(2), y.size(3)
+    oh, ow = y.size(2), y.size(3)
     images = (config.BM - 2) // (oh * ow) + 2  # that so many rows may touch
-    return images * h * w * x.size(1) >= 2**31 or max(oh, ow) >= _WIDE_MAP
+    return images * elements >= 2**31 or max(oh, ow) >= _WIDE_MAP

@@ -50,11 +50,11 @@ def fwd(
     config = config_for("fwd", x, weight, conv, m)
     tiles, parts = chunks(m, config, x.device)
     part = vectors(y, parts, 2) if stats else None
-    image, filled = _padded(x, weight, conv, y), _taps(weight.size(3))
+    image, filled = _padded(x, weight, conv, y), taps_of(weight.size(3))
     launch(
         conv_bn_stem_fwd_kernel,
         (triton.cdiv(outs, config.BN) * parts,),
-        image, _packed(weight, filled), y, part, m, outs, image.size(1), image.stride(1),
+        image, filled_weight(weight, filled), y, part, m, outs, image.size(1), image.stride(1),
         *y.shape[2:], tiles, *weight.shape[2:], filled, *conv.stride, stats, tiles > 1,
         y.size(3) >= config.BM, precision(x.dtype), acc(x.dtype), config.BM, config.BN,
         min(4 * filled, 64),
@@ -76,7 +76,7 @@ def wgrad(
     cells = dy.shape[2:] if pool is None else pool.cells
     count = dy.size(0) * cells[0] * cells[1]
     config = config_for("wgrad" if pool is None else "stem_wgrad", x, weight, conv, rows(dy))
-    image, filled = _padded(x, weight, conv, dy), _taps(weight.size(3))
+    image, filled = _padded(x, weight, conv, dy), taps_of(weight.size(3))
     grid = (triton.cdiv(outs, config.BK), triton.cdiv(4 * weight.size(2) * filled, config.BN))
     tiles, parts = splits(count, config, grid[0] * grid[1], x.device)
     part = empty(x, parts, outs, *kernel, channels)
@@ -95,28 +95,37 @@ def wgrad(
     return part
 
 
-def _taps(width: int) -> int:
+def taps_of(width: int) -> int:
     """A window's row in pixels, filled up to a power of two and to 16 elements, a product's least
     depth.
     """
     return max(4, triton.next_power_of_2(width))
 
 
-def _padded(x: Tensor, weight: Tensor, conv: Conv, y: Tensor) -> Tensor:
-    """The image as [N, HP, WP, 4], zeros around it; a row of it is a multiple of 16 elements, and
-    holds all that a filled-up window reads.
+def sides_of(
+    size: tuple[int, int], weight: Tensor, conv: Conv, out: tuple[int, int]
+) -> tuple[int, int]:
+    """(HP, WP) of an image's padded copy, for outputs of OH by OW: a row of it is a multiple of 16
+    elements, and holds all that a filled-up window reads.
     """
     top, bottom, left, right = conv.padding
+    high = (out[0] - 1) * conv.stride[0] + weight.size(2)
+    wide = (out[1] - 1) * conv.stride[1] + taps_of(weight.size(3))
+    wide = triton.cdiv(max(wide, left + size[1] + right), 4) * 4
+    return max(high, top + size[0] + bottom), wide
+
+
+def _padded(x: Tensor, weight: Tensor, conv: Conv, y: Tensor) -> Tensor:
+    """The image as [N, HP, WP, 4], zeros around it."""
+    top, _, left, _ = conv.padding
     n, channels, height, width = x.shape
-    high = (y.size(2) - 1) * conv.stride[0] + weight.size(2)
-    wide = (y.size(3) - 1) * conv.stride[1] + _taps(weight.size(3))
-    wide = triton.cdiv(max(wide, left + width + right), 4) * 4
-    image = x.new_zeros(n, max(high, top + height + bottom), wide, 4)
+    sides = sides_of((height, width), weight, conv, (y.size(2), y.size(3)))
+    image = x.new_zeros(n, *sides, 4)
     image[:, top : top + height, left : left + width, :channels].copy_(x.permute(0, 2, 3, 1))
     return image
 
 
-def _packed(weight: Tensor, filled: int) -> Tensor:
+def filled_weight(weight: Tensor, filled: int) -> Tensor:
     """The weight as [K, R, filled, 4], zeros where it has no tap or channel."""
     outs, channels, height, width = weight.shape
     w = weight.new_zeros(outs, height, filled, 4)
