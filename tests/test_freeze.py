@@ -26,7 +26,6 @@ from fusedres.models import stages
 from fusedres.nn import frozen as frozen_module
 from fusedres.nn.frozen import FrozenModule
 from fusedres.nn.graphs import Graphs
-from fusedres.ops.conv_act import way_of
 from fusedres.testing import assert_three_way, serving_backends
 
 BACKENDS = serving_backends()
@@ -496,6 +495,37 @@ def test_frames_as_they_are(dtype: torch.dtype, narrow: None) -> None:
         assert frozen(normalised(torch.float32).to(dtype)).shape == (3, 4)  # as without
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frames_by_each_backend(backend: str) -> None:
+    """Also where its kernel reads the image itself, and where others want it too."""
+    mean, std = (0.4, 0.5), (0.3, 0.2)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Layer(2, 4, 5, stride=2), Layer(2, 4, 1, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    frames = torch.randint(256, (2, 11, 12, 2), dtype=torch.uint8)
+    m, s = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
+    x = (frames.permute(0, 3, 1, 2).double() / 255 - m) / s
+    for made_of in (
+        lambda: Layer(2, 4, 5, stride=2),
+        lambda: nn.Sequential(Layer(2, 3), Layer(3, 4)),
+        Twice,
+    ):
+        model = moved(made_of()).double()
+        frozen = freeze(model, mean=mean, std=std)
+        with use_backend(backend), torch.no_grad():
+            for batch in (slice(0, 2), slice(1, 2), slice(0, 0)):
+                close(frozen(frames[batch]), model(x[batch]))
+            wide = torch.zeros(2, 20, 20, 2, dtype=torch.uint8)
+            wide[:, 3:14, 4:16] = frames
+            close(frozen(wide[:, 3:14, 4:16]), model(x))
+
+
 # --- threads --------------------------------------------------------------------------------------
 
 
@@ -665,11 +695,3 @@ def test_errors_are_one_clear_line(narrow: None) -> None:
     ):  # fmt: skip
         with pytest.raises(kind, match=match):
             freeze(**{"model": Small(), **arguments})  # type: ignore[arg-type]
-
-
-def test_ways_are_of_the_op() -> None:
-    choice = fusedres.backends.choose("conv_act", "cpu", torch.float32)
-    c = nn.Conv2d(8, 8, 3)
-    from fusedres.nn.layers import geometry
-
-    assert way_of(choice, c.weight, c.weight.dtype, c.weight, geometry(c)) == (FASTEST, "split")

@@ -38,6 +38,8 @@ SUITES = {  # a name: the file, and what of it
     "test_add_relu": ("test_add_relu", "triton and not gradcheck"),
 }
 SLOW = {
+    "test_conv_act": ("test_conv_act", "triton"),
+    "test_freeze": ("test_freeze", "triton"),
     "in_interpreter, the rest": ("in_interpreter", "not small_resnet"),
     "in_interpreter_spatial": ("in_interpreter_spatial", "not three_way"),
     "in_interpreter, other dataflows": (

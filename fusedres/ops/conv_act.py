@@ -52,15 +52,16 @@ def _fwd(
         raise ValueError(f"{op}: weight must be {x.dtype} as x, got {weight.dtype}")
     for name, v in (("scale", scale), ("bias", bias)):
         contract.check_vector(op, name, v, weight.size(0), x)
-    check_dense(op, "x", x, tuple(x.shape), x)
+    order = memory_format_of(x)
+    check_dense(op, "x", x, tuple(x.shape), x, order)
     if residual is not None:
         contract.check_residual(op, "residual", residual, x, shape, x.dtype)
-        check_dense(op, "residual", residual, shape, x)
+        check_dense(op, "residual", residual, shape, x, order)
     if plan == "split":
         if backend not in backends.BACKENDS:
             raise ValueError(f"{op}: no backend {backend!r}")
         y = split.conv_act(x, weight, conv, scale, bias, residual, relu)
-        return y.contiguous(memory_format=memory_format_of(x))
+        return y.contiguous(memory_format=order)
     vectors = (None if v is None else v.to(stat_dtype(x.dtype)) for v in (scale, bias))
     kernel = backends.kernels(backend, OP).conv_act
     y = kernel(x, weight, conv, *vectors, residual, relu)
