@@ -52,6 +52,7 @@ class Runner:
         self._vectors = None if normalization is None else normalization.vectors(x.device, dtype)
         self._own = {0} if normalization is not None else set[int]()  # values that are ours alone
         self._of_frames = False  # value 0 is the uint8 image
+        self._reads_of_input = sum(step.reads().count(0) for step in program.steps)
         private = _private(program)
         values = self._start(x)
         self._steps: list[Bound] = []
@@ -106,7 +107,7 @@ class Runner:
         _check_size(self._name, owner, step, x)
         x = x.contiguous(memory_format=torch.channels_last)
         relu = step.relu and step.pool is None
-        alone = step.input == 0 and 0 in step.frees and step.residual != 0
+        alone = step.input == 0 and self._reads_of_input == 1
         one = bind(
             x, conv.weight, geometry(conv), conv.bias, joined=residual is not None, relu=relu,
             into=into, packs=self._packs, frames=self._vectors if alone else None,
