@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from fusedres import backends
@@ -23,8 +24,9 @@ from fusedres.library.conv_act import finite
 from fusedres.nn.frames import Normalization, normalized
 from fusedres.nn.graphs import Graphs
 from fusedres.nn.program import Program, at
-from fusedres.nn.runner import Runner
-from fusedres.nn.tracing import trace
+from fusedres.nn.reads import ABSENT, Unwatchable, is_itself, kept, place_of
+from fusedres.nn.runner import Runner, Unfit
+from fusedres.nn.tracing import Followed, trace
 from fusedres.ops._contract import autocast_on, compute_dtype, exporting
 
 KEPT = 8  # shapes of input
@@ -52,9 +54,12 @@ class FrozenModule(nn.Module):
         return super().forward(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self._frozen is not None:
-            self._frozen.forget()
-        return super()._apply(fn, recurse)
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # else nobody counts their versions
+                return super()._apply(fn, recurse)
+        finally:
+            if self._frozen is not None:  # behind it, for others may have bound meanwhile
+                self._frozen.forget()
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Not that of the class, which may keep a list of the classes that users write."""
@@ -174,7 +179,7 @@ class Engine:
         dtype = self._checked(owner, watch, x)
         with torch.no_grad():
             key = (
-                x.shape, x.dtype, dtype, x.device, backends.requested_backend(),
+                x.shape, x.dtype, dtype, autocast_on(x), x.device, backends.requested_backend(),
                 backends.requested_plan(),
             )  # fmt: skip
             runner = self._bound.get(key)
@@ -184,11 +189,16 @@ class Engine:
                 return owner.forward_plainly(self.plain_input(owner, x))
             if self._cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing():
                 return self._graphs.run(key, runner, x)
-            return runner(x)
+            try:
+                return runner(x)
+            except Unfit:
+                return owner.forward_plainly(self.plain_input(owner, x))
 
     def _differentiates(self, watch: Watch, x: Tensor) -> bool:
         """Whether a gradient is wanted, or a tensor is of a kind that kernels do not know."""
         if type(x) not in (Tensor, nn.Parameter) or backends.transforming():
+            return True
+        if forward_ad._current_level >= 0:
             return True
         return torch.is_grad_enabled() and (x.requires_grad or watch.requires_grad())
 
@@ -211,12 +221,14 @@ class Engine:
                 return None
             self.forget()
             inside = [(p, at(owner, p)) for p in self._inside if _has(owner, p)]
-            program = trace(owner, inside, owner._functions, folds=True).program
+            with torch.inference_mode(False), torch.no_grad():  # as when it was frozen
+                followed = trace(owner, inside, owner._functions, folds=True)
+            program = followed.program
             if isinstance(program, Program) and not any(program.pairs()):
                 program = "no convolution is left in it"
             self._program = program
             if isinstance(program, Program):
-                self._watch = Watch.of(owner, program)
+                self._watch = Watch.of(owner, program, followed)
             return self._watch
 
     def program(self, owner: FrozenModule) -> Program | str:
@@ -232,8 +244,9 @@ class Engine:
         """
         name, weight = own_class(owner).__name__, watch.first
         if x.dtype == torch.uint8 and self._normalization is not None:
-            self._normalization.check(own_class(owner).__name__, x)
-            return weight.dtype
+            self._normalization.check(name, x)
+            self._check_device(name, x, weight)
+            return compute_dtype(weight)
         dtype = compute_dtype(x) if x.is_floating_point() else x.dtype
         if dtype != weight.dtype and not (x.is_floating_point() and autocast_on(x)):
             more = " or uint8 [N, H, W, C]" if self._normalization is not None else ""
@@ -246,9 +259,13 @@ class Engine:
             raise ValueError(
                 f"{name}: the input must have {watch.channels} channels, got {list(x.shape)}"
             )
+        self._check_device(name, x, weight)
+        return dtype
+
+    @staticmethod
+    def _check_device(name: str, x: Tensor, weight: Tensor) -> None:
         if x.device != weight.device:
             raise ValueError(f"{name}: the input is on {x.device}, the weights on {weight.device}")
-        return dtype
 
     # --- binding
 
@@ -279,11 +296,17 @@ class Watch:
         self,
         places: list[tuple[dict[str, Any], str, nn.Module]],
         weights: list[tuple[dict[str, Any], str, Tensor, int]],
+        settings: list[tuple[dict[str, Any], tuple[str, ...]]],
+        reads: _Reads,
         channels: int | None,
     ) -> None:
         modules = [m for _, _, m in places]
         self._places = places  # children of a module, name, which is there
         self._weights = weights  # parameters of a module, name, which is there, its version
+        # the old memory stays, so that new memory has another address
+        self._memory = [(t, t.detach(), t.data_ptr()) for _, _, t, _ in weights]
+        self._settings = [(own, names, _values(own, names)) for own, names in settings]
+        self._reads = reads
         self._own = [m.__dict__ for m in modules]
         self._hooks = [
             hooks
@@ -294,12 +317,17 @@ class Watch:
         self.channels = channels  # of the input
 
     @classmethod
-    def of(cls, owner: nn.Module, program: Program) -> Watch:
+    def of(cls, owner: nn.Module, program: Program, followed: Followed) -> Watch:
         """As it is now."""
         paths, weights, channels = list(program.watched), [], None
+        settings: list[tuple[dict[str, Any], tuple[str, ...]]] = []
         for step in program.pairs():
             paths += [path for path in (step.conv, step.bn, step.pool) if path]
             conv = at(owner, step.conv)
+            settings.append((vars(conv), _OF_CONV))
+            settings.append((conv._parameters, ("bias",)))
+            if step.pool:
+                settings.append((vars(at(owner, step.pool)), _OF_POOL))
             for name in ("weight", "bias"):
                 t = conv._parameters[name]
                 if t is not None:
@@ -313,14 +341,20 @@ class Watch:
             parent, _, name = path.rpartition(".")
             held = (at(owner, parent) if parent else owner)._modules
             places.append((held, name, held[name]))
-        return cls(places, weights, channels)
+        return cls(places, weights, settings, _Reads(owner, followed), channels)
 
     def changed(self) -> bool:
-        """Whether a weight or a module is another, or a weight was written to."""
+        """Whether a weight, a module or what was read is another, or a weight was written to."""
         for held, name, t, version in self._weights:
-            if held[name] is not t or (not t.is_inference() and t._version != version):
+            if held.get(name) is not t or (not t.is_inference() and t._version != version):
                 return True
-        return any(held.get(name) is not module for held, name, module in self._places)
+        if any(t.data_ptr() != address for t, _, address in self._memory):
+            return True
+        if any(held.get(name) is not module for held, name, module in self._places):
+            return True
+        if any(_values(own, names) != were for own, names, were in self._settings):
+            return True
+        return self._reads.changed()
 
     def touched(self) -> bool:
         """Whether a hook, or a forward of its own, sits on a module that no step calls."""
@@ -330,6 +364,54 @@ class Watch:
     def requires_grad(self) -> bool:
         """Whether a weight does."""
         return any(t.requires_grad for _, _, t, _ in self._weights)
+
+
+_OF_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
+_OF_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+
+
+def _values(own: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+    return [own.get(name) for name in names]
+
+
+class _Reads:
+    """What a forward read of its modules, and whether it is still so."""
+
+    def __init__(self, owner: nn.Module, followed: Followed) -> None:
+        self._same: list[tuple[dict[str, Any], str, Any]] = []  # where, name, what
+        self._alike: list[tuple[nn.Module, str]] = []  # what has parts, which may change
+        self._children: list[tuple[dict[str, Any], list[Any]]] = []
+        for path, names in followed.reads:
+            module = at(owner, path) if path else owner
+            for name in names if isinstance(module, nn.Module) else ():
+                self._add(module, name)
+        self._state = self._parts()
+
+    def _add(self, module: nn.Module, name: str) -> None:
+        place = place_of(module, name)
+        if name == "_modules":
+            self._children.append((module._modules, [*module._modules.items()]))
+        elif place is None:
+            self._same.append((vars(module), name, ABSENT))
+        elif is_itself(place[name]):
+            self._same.append((place, name, place[name]))
+        elif not isinstance(place[name], Tensor):  # which one is looked up at each call
+            self._alike.append((module, name))
+
+    def changed(self) -> bool:
+        """Whether it is not."""
+        if any(where.get(name, ABSENT) is not what for where, name, what in self._same):
+            return True
+        if any([*held.items()] != items for held, items in self._children):
+            return True
+        return bool(self._alike) and self._parts() != self._state
+
+    def _parts(self) -> Any:
+        seen: dict[int, int] = {}
+        try:
+            return [kept(module, name, seen) for module, name in self._alike]
+        except Unwatchable:
+            return object()  # equal to nothing
 
 
 def _clean(x: Tensor) -> bool:
