@@ -5,9 +5,11 @@ later, and what sends a call to the plain modules. Models of other packages: tes
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -18,6 +20,8 @@ import torch.nn.functional as F
 from test_fuse import MODELS, Layer, Small, conv, image, made
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 import fusedres
 from fusedres import freeze, fuse, report, use_backend
@@ -343,6 +347,212 @@ def test_weights_and_modules_that_change_are_noticed() -> None:
         assert frozen(x).shape == (2, 7)
 
 
+class Reading(nn.Module):
+    """A forward that reads what may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = Layer(4, 4), nn.ModuleList([Layer(4, 4), Layer(4, 4)])
+        self.flag, self.gains, self.extra = True, [2.0], None
+        self.tail = nn.Sequential(conv(4, 4), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x) * self.gains[0] if self.flag else self.first(x)
+        for block in self.blocks:
+            h = block(h)
+        h = self.tail(h if self.extra is None else self.extra(h))
+        return h + torch.rand_like(h) if self.training else h
+
+
+def test_what_a_forward_reads_may_change() -> None:
+    def plain(**options: Any) -> nn.Module:
+        return nn.Conv2d(4, 4, 1, **options).requires_grad_(False)
+
+    changes: list[Callable[[Any], object]] = [
+        lambda m: setattr(m, "flag", False),
+        lambda m: m.gains.__setitem__(0, 3.0),
+        lambda m: setattr(m, "extra", plain()),
+        lambda m: m.blocks.append(plain()),
+        lambda m: m.tail.append(nn.Sigmoid()),
+        lambda m: setattr(m, "blocks", nn.ModuleList([plain()])),
+        lambda m: setattr(m.first.convolution, "stride", (2, 2)),
+        lambda m: setattr(m.first.convolution, "padding", (0, 0)),
+        lambda m: setattr(m.tail[2], "stride", 1),
+        lambda m: setattr(m.first.convolution, "bias", None),
+        lambda m: setattr(m.tail[0], "bias", nn.Parameter(torch.ones(4), requires_grad=False)),
+        lambda m: setattr(m.first.convolution.weight, "data", torch.ones(4, 4, 3, 3)),
+        lambda m: m.first.bfloat16().float(),  # a part of it: the rounding stays
+        lambda m: nn.utils.parametrizations.weight_norm(m.first.convolution),
+        lambda m: prune.random_unstructured(m.first.convolution, "weight", 0.5),
+        lambda m: (setattr(m, "flag", False), m.load_state_dict(m.state_dict())),
+    ]
+    x = torch.randn(2, 4, 10, 10)
+    for i, change in enumerate(changes):
+        frozen = freeze(moved(Reading()))
+        with torch.no_grad():
+            before = frozen(x)
+            change(frozen)
+            ours = frozen(x)
+            close(ours, frozen.forward_plainly(x), 1e-5)
+        assert ours.shape != before.shape or not torch.equal(ours, before), i
+    frozen = freeze(moved(nn.Sequential(Reading(), nn.ReLU())))
+    with torch.no_grad():
+        assert torch.equal(frozen(x), frozen(x))
+        frozen[0].train()
+        assert not torch.equal(frozen(x), frozen(x))
+
+
+def test_weights_written_to_in_inference_mode() -> None:
+    frozen, x = freeze(moved(Reading())), torch.randn(2, 4, 10, 10)
+    with torch.inference_mode():
+        frozen.to(torch.float64).to(torch.float32)
+        frozen(x)
+        frozen.load_state_dict({k: v * 2 for k, v in frozen.state_dict().items()})
+        close(frozen(x), frozen.forward_plainly(x), 1e-4)
+
+
+def test_what_is_bound_while_weights_move_is_forgotten() -> None:
+    """As by another thread that calls it meanwhile."""
+    frozen, x = freeze(moved(Reading())), torch.randn(2, 4, 10, 10)
+
+    def moves(t: Tensor) -> Tensor:
+        frozen(x)
+        return t * 2
+
+    with torch.no_grad():
+        frozen._apply(moves)
+        close(frozen(x), frozen.forward_plainly(x), 1e-4)
+        assert len(frozen._frozen._bound) == 1
+
+
+class Kept(nn.Module):
+    """Its modules in a list of its own; weights that it reads beside, and that hooks compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = conv(4, 4), nn.BatchNorm2d(4), nn.ReLU()
+        self.order = [self.conv, self.bn, self.relu]
+        self.read, self.bn2 = conv(4, 4), nn.BatchNorm2d(4)
+        self.asked, self.bn3 = conv(4, 4), nn.BatchNorm2d(4)
+        self.pruned, self.bn4 = conv(4, 4), nn.BatchNorm2d(4)
+        prune.random_unstructured(self.pruned, "weight", 0.5)
+        self.normed, self.bn5 = nn.utils.weight_norm(conv(4, 4)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.order:
+            x = module(x)
+        x = F.conv2d(self.bn2(self.read(x)), self.read.weight, padding=1)
+        x = self.bn3(self.asked(x)) * self.bn3.weight.mean() + self.bn3.eps
+        return self.bn5(self.normed(self.bn4(self.pruned(x))))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_what_is_seen_from_elsewhere_is_not_folded_away() -> None:
+    with torch.no_grad():  # of what is computed deepcopy takes no other
+        model, x = moved(Kept().double()), torch.randn(2, 4, 9, 9).double()
+    frozen = freeze(model)
+    assert isinstance(frozen, FrozenModule)
+    with torch.no_grad():
+        close(frozen(x), model(x))
+        close(frozen.forward_plainly(x), model(x))
+    assert type(frozen.bn) is nn.Identity and frozen.order[1] is frozen.bn
+    reasons = {row.name: row.reason for row in report(frozen) if row.runs == "plain"}
+    assert "computes its weight" in reasons["pruned"] and "computes" in reasons["normed"]
+
+
+class Tied(nn.Module):
+    """One weight in convolutions that differ in bias and dilation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c = nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+        self.b.weight = self.c.weight = self.a.weight
+        self.c.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x), self.b(x), self.c(x)], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tied_weights_are_packed_for_each_convolution(dtype: torch.dtype) -> None:
+    model, x = Tied().to(dtype), torch.randn(2, 4, 9, 9, dtype=dtype)
+    with torch.no_grad():
+        close(freeze(model)(x), model(x), 1e-5)
+
+
+class Shrinking(nn.Module):
+    """The size of what its second convolution gets depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Layer(4, 4), Layer(4, 4), Layer(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(self.b(h[..., torch.nonzero(x[0, 0, 0]).flatten()]))
+
+
+def test_shapes_that_depend_on_values() -> None:
+    model = moved(Shrinking())
+    frozen = freeze(model)
+    assert isinstance(frozen, FrozenModule)
+    for zeros in (0, 3, 0, 5):
+        x = torch.randn(2, 4, 9, 9)
+        x[0, 0, 0, :zeros] = 0
+        with torch.no_grad():
+            close(frozen(x), model(x), 1e-5)
+
+
+class Modes(nn.Module):
+    """It turns autocast off for a part of it, or on."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.layer, self.on = Layer(4, 4), on
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            return self.layer(x.float())
+
+
+def test_autocast_within_a_forward() -> None:
+    for on in (False, True):
+        model, x = moved(Modes(on)), torch.randn(2, 4, 9, 9)
+        frozen = freeze(model)
+        assert isinstance(frozen.layer, FrozenModule)
+        for outside in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=outside):
+                ours, truth = frozen(x), model(x)
+            assert ours.dtype == truth.dtype
+            close(ours, truth, 0.05)
+
+
+def test_autocast_is_part_of_what_is_bound() -> None:
+    class Soft(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Layer(3, 4), Layer(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.softmax(self.a(x), 1))
+
+    model = moved(Soft())
+    frozen = freeze(model, mean=(0.5,) * 3, std=(0.2,) * 3)
+    frames = torch.randint(256, (2, 9, 9, 3), dtype=torch.uint8)
+    for on in (False, True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=on):
+            ours = frozen(frames)
+            truth = frozen.forward_plainly(frozen._frozen.plain_input(frozen, frames))
+        assert ours.dtype == truth.dtype
+        close(ours, truth, 0.05 if on else 1e-5)
+    half, x = freeze(model, dtype=torch.bfloat16), torch.randn(2, 3, 9, 9).bfloat16()
+    for on in (False, True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=on):
+            close(half(x), half.forward_plainly(x), 0.05)
+    assert all(key[3] in (True, False) for key in half._frozen._bound) and half._frozen._bound
+
+
 # --- where the plain modules run ------------------------------------------------------------------
 
 
@@ -420,6 +630,11 @@ def test_training_mode_is_that_of_the_modules() -> None:
 def test_transforms_and_subclasses() -> None:
     model = moved(Small()).double()
     frozen, x = freeze(model), torch.randn(3, 3, 32, 32).double()
+    with torch.no_grad(), forward_ad.dual_level():
+        frozen(x)
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        ours, true = (forward_ad.unpack_dual(m(dual)).tangent for m in (frozen, model))
+        close(ours, true)
     with torch.no_grad():
         close(torch.func.vmap(lambda i: frozen(i[None])[0])(x), model(x))
     close(
@@ -586,19 +801,36 @@ class Replayed:
 def test_graphs_are_kept_for_the_last_shapes() -> None:
     Replayed.made = []
     graphs = Graphs(3, Replayed)
+
+    def double(t: Tensor) -> Tensor:
+        return t * 2
+
     for size in (4, 5, 6, 4, 5, 7, 4, 6):
         x = torch.randn(size)
-        assert torch.equal(graphs.run(size, lambda t: t * 2, x), x * 2)
+        assert torch.equal(graphs.run(size, double, x), x * 2)
     assert [len(g.x) for g in Replayed.made] == [4, 5, 6, 7, 6]
     assert [g.retired for g in Replayed.made] == [False, True, True, False, False]
 
     def work(seed: int) -> bool:
         x = torch.randn(4, generator=torch.Generator().manual_seed(seed))
-        return all(torch.equal(graphs.run(4, None, x), x * 2) for _ in range(50))  # type: ignore[arg-type]
+        return all(torch.equal(graphs.run(4, double, x), x * 2) for _ in range(50))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+    def tripled(t: Tensor) -> Tensor:  # another run by a known key: weights changed meanwhile
+        return t * 3
+
+    x = torch.randn(4)
+    assert torch.equal(graphs.run(4, tripled, x), x * 3) and len(graphs._recorded) == 3
+    held = weakref.ref(tripled)
+    del tripled
+    Replayed.made.pop().run = None  # type: ignore[assignment]
+    gc.collect()
+    assert held() is not None  # its memory is what a replay reads
     graphs.forget()
+    gc.collect()
+    assert held() is None
     assert all(g.retired for g in Replayed.made)
 
 
@@ -672,6 +904,8 @@ def test_errors_are_one_clear_line(narrow: None) -> None:
         (frozen, x[:, :1], ValueError, r"must have 3 channels, got \[2, 1, 64, 64\]"),
         (frames, x.byte(), ValueError, r"uint8 images must be \[N, H, W, 3\], got \[2, 3, 64"),
         (frozen, x[..., :0], ValueError, "the input is too small: nothing is left of it"),
+        (frames, torch.zeros(1, 9, 9, 3, dtype=torch.uint8, device="meta"), ValueError,
+         "the input is on meta, the weights on cpu"),
         (frozen, x.to("meta"), ValueError, "the input is on meta, the weights on cpu"),
     ]  # fmt: skip
     for model, images, kind, match in wrong:
@@ -691,6 +925,7 @@ def test_errors_are_one_clear_line(narrow: None) -> None:
         (ValueError, "std above 0", {"mean": (1,), "std": (0,)}),
         (ValueError, "mean and std are for .* Shared cannot be followed",
          {"model": Shared(), "mean": (0.5,), "std": (1,)}),
+        (ValueError, "must be of the model's 3 channels, got 1", {"mean": (0.5,), "std": (1,)}),
         (ValueError, "meta device", {"model": Small().to("meta")}),
     ):  # fmt: skip
         with pytest.raises(kind, match=match):

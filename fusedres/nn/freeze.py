@@ -8,6 +8,7 @@ other; what fusedres runs instead is read off them when an image comes (frozen.p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 
@@ -84,6 +85,8 @@ def freeze(
         _untie(model)
         for path, found in list(_Visit().roots(model)):
             root = at(model, path) if path else model
+            if root is model and normalization is not None:
+                _check_channels(root, found.program, normalization)
             _fold(root, found.program, dtype)
             convert(root, found.inside, cuda_graph, normalization if root is model else None)
         if dtype is not None:
@@ -107,6 +110,15 @@ def _untie(model: nn.Module) -> None:
         seen.add(id(module))
 
 
+def _check_channels(root: nn.Module, program: Program, normalization: Normalization) -> None:
+    for step in program.pairs():
+        wanted, given = at(root, step.conv).in_channels, len(normalization.mean)
+        if step.input == 0 and wanted != given:
+            raise ValueError(
+                f"freeze: mean and std must be of the model's {wanted} channels, got {given}"
+            )
+
+
 def _fold(root: nn.Module, program: Program, dtype: torch.dtype | None) -> None:
     for step in program.pairs():
         if not step.bn:
@@ -121,8 +133,9 @@ def _fold(root: nn.Module, program: Program, dtype: torch.dtype | None) -> None:
         )
         conv.weight = nn.Parameter(weight.to(**given, memory_format=order), requires_grad=False)
         conv.bias = nn.Parameter(bias.to(**given), requires_grad=False)
-        owner, _, name = step.bn.rpartition(".")
-        (at(root, owner) if owner else root)._modules[name] = nn.Identity().eval()
+        bn.__class__ = nn.Identity  # the object stays: a list or a closure may hold it
+        vars(bn).clear()
+        vars(bn).update(vars(nn.Identity().eval()))
 
 
 def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -138,6 +151,19 @@ def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 def _wide(t: Tensor) -> Tensor:
     return t.detach().cpu().to(torch.float64)
+
+
+@contextlib.contextmanager
+def _autocast_turned() -> Iterator[None]:
+    kinds = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(kind) for kind in kinds]
+    try:
+        for kind, on in zip(kinds, before, strict=True):
+            torch.set_autocast_enabled(kind, not on)
+        yield
+    finally:
+        for kind, on in zip(kinds, before, strict=True):
+            torch.set_autocast_enabled(kind, on)
 
 
 class Found:
@@ -177,7 +203,11 @@ class _Visit:
             convert(module)
         except TypeError:  # a class whose objects cannot change theirs
             return None
-        found = trace(module, [(p, at(module, p)) for p in inside], {}, folds=True)
+        parts = [(p, at(module, p)) for p in inside]
+        found = trace(module, parts, {}, folds=True)
+        if isinstance(found.program, Program):  # an autocast within is seen from one of two outside
+            with _autocast_turned():
+                found = trace(module, parts, {}, folds=True)
         thaw(module)
         return None if isinstance(found.program, str) else Found(found.program, inside)
 

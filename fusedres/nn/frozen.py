@@ -1,7 +1,7 @@
 """A frozen module: its class, and the engine that runs its Program, bound to weights and shapes.
 
 Anything that could make what is bound wrong (a weight changed, a hook, another backend) is looked
-at in every call, by some hundred comparisons.
+at in every call (watch.py); of a CUDA graph, while its replay runs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.autograd import forward_ad
 
 from fusedres import backends
 from fusedres.library.conv_act import finite
 from fusedres.nn.frames import Normalization, normalized
 from fusedres.nn.graphs import Graphs
 from fusedres.nn.program import Program, at
-from fusedres.nn.runner import Runner
+from fusedres.nn.runner import Runner, Unfit
 from fusedres.nn.tracing import trace
+from fusedres.nn.watch import Watch
 from fusedres.ops._contract import autocast_on, compute_dtype, exporting
 
 KEPT = 8  # shapes of input
@@ -52,9 +53,12 @@ class FrozenModule(nn.Module):
         return super().forward(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self._frozen is not None:
-            self._frozen.forget()
-        return super()._apply(fn, recurse)
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # else nobody counts their versions
+                return super()._apply(fn, recurse)
+        finally:
+            if self._frozen is not None:  # behind it, for others may have bound meanwhile
+                self._frozen.forget()
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Not that of the class, which may keep a list of the classes that users write."""
@@ -137,9 +141,7 @@ class Engine:
         self._inside, self._cuda_graph, self._normalization = inside, cuda_graph, normalization
         self._lock = threading.RLock()
         self._graphs = Graphs(KEPT)
-        self._owner: weakref.ref[FrozenModule] | None = (
-            None  # copies and unpickled ones find theirs
-        )
+        self._owner: weakref.ref[FrozenModule] | None = None  # copies find theirs
         self.forget()
 
     def belongs_to(self, module: FrozenModule) -> bool:
@@ -167,28 +169,42 @@ class Engine:
 
     def __call__(self, owner: FrozenModule, x: Tensor) -> Any:
         watch = self._watch
+        key = (
+            x.shape, x.dtype, x.device, autocast_on(x), compute_dtype(x),
+            backends.requested_backend(), backends.requested_plan(),
+        )  # fmt: skip
+        graphed = self._cuda_graph and _on_gpu(x) and not torch.cuda.is_current_stream_capturing()
+        runner = self._bound.get(key)
+        if graphed and runner is not None and watch is not None and not self._plain(owner, x):
+            with torch.no_grad():
+                out = self._graphs.run(key, runner, x, known=True)
+            if out is not None and not watch.changed() and not watch.touched():
+                return out  # asked while the GPU was at work
         if not owner.training and (watch is None or watch.changed()):
             watch = self._look(owner)
-        if owner.training or watch is None or watch.touched() or self._differentiates(owner, x):
+        if watch is None or watch.touched() or self._plain(owner, x):
             return owner.forward_plainly(self.plain_input(owner, x))
         dtype = self._checked(owner, watch, x)
         with torch.no_grad():
-            key = (
-                x.shape, x.dtype, dtype, x.device, backends.requested_backend(),
-                backends.requested_plan(),
-            )  # fmt: skip
             runner = self._bound.get(key)
             if runner is None:
                 runner = self._bind(owner, watch, key, x, dtype)
             if not runner.keeps_nan and (runner.makes_nan or not _clean(x)):
                 return owner.forward_plainly(self.plain_input(owner, x))
-            if self._cuda_graph and _on_gpu(x) and not torch.cuda.is_current_stream_capturing():
-                return self._graphs.run(key, runner, x)
-            return runner(x)
+            try:
+                return self._graphs.run(key, runner, x) if graphed else runner(x)
+            except Unfit:
+                return owner.forward_plainly(self.plain_input(owner, x))
 
-    def _differentiates(self, owner: nn.Module, x: Tensor) -> bool:
-        """Whether a gradient is wanted, or a tensor is of a kind that kernels do not know."""
+    def _plain(self, owner: nn.Module, x: Tensor) -> bool:
+        """Whether a gradient is wanted, or training mode, or x is of a kind that kernels do not
+        know.
+        """
+        if owner.training:
+            return True
         if type(x) not in (Tensor, nn.Parameter) or backends.transforming():
+            return True
+        if forward_ad._current_level >= 0:
             return True
         if not torch.is_grad_enabled():
             return False
@@ -213,12 +229,14 @@ class Engine:
                 return None
             self.forget()
             inside = [(p, at(owner, p)) for p in self._inside if _has(owner, p)]
-            program = trace(owner, inside, owner._functions, folds=True).program
+            with torch.inference_mode(False), torch.no_grad():  # as when it was frozen
+                followed = trace(owner, inside, owner._functions, folds=True)
+            program = followed.program
             if isinstance(program, Program) and not any(program.pairs()):
                 program = "no convolution is left in it"
             self._program = program
             if isinstance(program, Program):
-                self._watch = Watch.of(owner, program, everything=self._cuda_graph)
+                self._watch = Watch(owner, program, followed.reads, self._cuda_graph)
             return self._watch
 
     def program(self, owner: FrozenModule) -> Program | str:
@@ -234,8 +252,9 @@ class Engine:
         """
         name, weight = own_class(owner).__name__, watch.first
         if x.dtype == torch.uint8 and self._normalization is not None:
-            self._normalization.check(own_class(owner).__name__, x)
-            return weight.dtype
+            self._normalization.check(name, x)
+            self._check_device(name, x, weight)
+            return compute_dtype(weight)
         dtype = compute_dtype(x) if x.is_floating_point() else x.dtype
         if dtype != weight.dtype and not (x.is_floating_point() and autocast_on(x)):
             more = " or uint8 [N, H, W, C]" if self._normalization is not None else ""
@@ -248,9 +267,13 @@ class Engine:
             raise ValueError(
                 f"{name}: the input must have {watch.channels} channels, got {list(x.shape)}"
             )
+        self._check_device(name, x, weight)
+        return dtype
+
+    @staticmethod
+    def _check_device(name: str, x: Tensor, weight: Tensor) -> None:
         if x.device != weight.device:
             raise ValueError(f"{name}: the input is on {x.device}, the weights on {weight.device}")
-        return dtype
 
     # --- binding
 
@@ -272,69 +295,6 @@ class Engine:
                 while len(kept) > KEPT:
                     kept.popitem(last=False)
             return runner
-
-
-class Watch:
-    """What a Program was bound to, and whether it is still so."""
-
-    def __init__(
-        self,
-        places: list[tuple[dict[str, Any], str, nn.Module]],
-        weights: list[tuple[dict[str, Any], str, Tensor, int]],
-        channels: int | None,
-    ) -> None:
-        modules = [m for _, _, m in places]
-        self._places = places  # children of a module, name, which is there
-        self._weights = weights  # parameters of a module, name, which is there, its version
-        self._own = [m.__dict__ for m in modules]
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
-        ]
-        self.first: Tensor = weights[0][2]
-        self.channels = channels  # of the input
-
-    @classmethod
-    def of(cls, owner: nn.Module, program: Program, everything: bool = False) -> Watch:
-        """As it is now: what convolutions read, or everything that a CUDA graph may."""
-        paths, weights, channels = list(program.watched), [], None
-        for step in program.pairs():
-            paths += [path for path in (step.conv, step.bn, step.pool) if path]
-            conv = at(owner, step.conv)
-            for name in ("weight", "bias"):
-                t = conv._parameters[name]
-                if t is not None:
-                    weights.append(
-                        (conv._parameters, name, t, 0 if t.is_inference() else t._version)
-                    )
-            if step.input == 0 and channels is None:
-                channels = conv.in_channels
-        for module in owner.modules() if everything else ():
-            for own in (module._parameters, module._buffers):
-                weights += [
-                    (own, name, t, 0 if t.is_inference() else t._version)
-                    for name, t in own.items()
-                    if t is not None
-                ]
-        places: list[Any] = []
-        for path in paths:
-            parent, _, name = path.rpartition(".")
-            held = (at(owner, parent) if parent else owner)._modules
-            places.append((held, name, held[name]))
-        return cls(places, weights, channels)
-
-    def changed(self) -> bool:
-        """Whether a weight or a module is another, or a weight was written to."""
-        for held, name, t, version in self._weights:
-            if held[name] is not t or (not t.is_inference() and t._version != version):
-                return True
-        return any(held.get(name) is not module for held, name, module in self._places)
-
-    def touched(self) -> bool:
-        """Whether a hook, or a forward of its own, sits on a module that no step calls."""
-        everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        return bool(everywhere or any(self._hooks) or any("forward" in own for own in self._own))
 
 
 def _on_gpu(x: Tensor) -> bool:

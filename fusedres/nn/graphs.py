@@ -55,15 +55,20 @@ class Graphs:
         self._lock = threading.Lock()
         self._recorded: OrderedDict[Any, Any] = OrderedDict()
 
-    def run(self, key: Any, run: Run, x: Tensor) -> Any:
-        """run(x), by a replay; recorded first where the key is new."""
+    def run(self, key: Any, run: Run, x: Tensor, known: bool = False) -> Any:
+        """run(x), by a replay; where the key is new recorded first, or None if it is to be known."""
         with self._lock:
-            recorded = self._recorded.get(key)
-            if recorded is None:
+            of, recorded = self._recorded.get(key, (None, None))
+            if known and of is not run:
+                return None
+            if of is not run:  # new, or of weights that changed while it was on its way here
+                if recorded is not None:
+                    self._recorded.pop(key)[1].retire()
                 with torch.cuda.device_of(x):
-                    recorded = self._recorded[key] = self._record(run, x)
+                    recorded = self._record(run, x)
+                self._recorded[key] = run, recorded  # a replay reads the memory that run holds
                 while len(self._recorded) > self._most:
-                    self._recorded.popitem(last=False)[1].retire()
+                    self._recorded.popitem(last=False)[1][1].retire()
             self._recorded.move_to_end(key)
             with torch.cuda.device_of(x):
                 return recorded.replay(x)
@@ -72,4 +77,4 @@ class Graphs:
         """All of them."""
         with self._lock:
             while self._recorded:
-                self._recorded.popitem()[1].retire()
+                self._recorded.popitem()[1][1].retire()

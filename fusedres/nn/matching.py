@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fusedres.nn.program import Add, Call, ConvBN, Program, Ref, Step
 _RELUS: tuple[Callable[..., Any], ...] = (F.relu, torch.relu, torch.relu_)
 _ADDS: tuple[Callable[..., Any], ...] = (operator.add, operator.iadd, torch.add)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+_IDENTITY = nn.Identity()  # what a BatchNorm becomes
 
 _OPERATORS = set(dir(operator))
 IN_PLACE = {n for n in _OPERATORS if n[:1] == "i" and {n[1:], f"{n[1:]}_"} & _OPERATORS}
@@ -35,6 +37,7 @@ def program_of(
     inlined: list[str],
     functions: dict[str, Callable[..., Any]],
     folds: bool = False,
+    read: Collection[tuple[str, str]] = (),
 ) -> Program:
     """The Program of a graph with one input.
 
@@ -43,11 +46,12 @@ def program_of(
         inlined: paths of the modules that the graph looked into.
         functions: takes what the Program calls by name.
         folds: BatchNorms are to go into their convolutions, which may have a bias, and need none.
+        read: (path, attribute) of what the forward reads of modules without calling them.
 
     Raises:
         Untraceable: with the reason.
     """
-    return _Reading(root, graph, inlined, functions, folds).program()
+    return _Reading(root, graph, inlined, functions, folds, read).program()
 
 
 class _Reading:
@@ -60,8 +64,9 @@ class _Reading:
         inlined: list[str],
         functions: dict[str, Callable[..., Any]],
         folds: bool,
+        read: Collection[tuple[str, str]],
     ) -> None:
-        self._functions, self._folds = functions, folds
+        self._functions, self._folds, self._read = functions, folds, read
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._watched: list[str] = list(inlined)
         self._drop_identities(graph)
@@ -218,6 +223,9 @@ class _Reading:
 
     def _pair_reason(self, conv: fx.Node, norm: fx.Node | None) -> str | None:
         """The same, where it is not what the convolution is."""
+        parameters = self._called(conv)._parameters
+        if self._folds and not {"weight", "bias"} <= parameters.keys():
+            return f"{conv.target} computes its weight, as weight_norm or pruning has it"
         if norm is None:
             if self._module(conv, type(self._called(conv))) is None:
                 return f"{conv.target} is called with more than its input"
@@ -228,6 +236,11 @@ class _Reading:
             return f"{norm.target} is a {type(bn).__name__}"
         if self._folds and bn.running_mean is None:
             return f"{norm.target} tracks no statistics"
+        for path, name in self._read if self._folds else ():
+            if (path == norm.target and not hasattr(_IDENTITY, name)) or (
+                path == conv.target and name in ("weight", "bias")
+            ):
+                return f"{path}.{name} is read beside"
         if any(self._module(n, type(self._called(n))) is None for n in (conv, norm)):
             return f"{conv.target} or {norm.target} is called with more than its input"
         if any(self._calls[id(self._called(n))] > 1 for n in (conv, norm)):

@@ -26,7 +26,7 @@ _AS_IT_IS = (  # one of them is itself and does not change
     functools.partial, range, property, torch.dtype, torch.device, torch.layout,
     torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
 )  # fmt: skip
-_ABSENT = object()
+ABSENT = object()
 _MOST = 1000  # objects that are looked through
 
 
@@ -158,18 +158,36 @@ def numbers_in(found: Any) -> Iterator[float]:
 
 def _held(module: nn.Module, name: str) -> Any:
     """An attribute, without running anything of the module's own."""
+    place = place_of(module, name)
+    return getattr(type(module), name, ABSENT) if place is None else place[name]
+
+
+def place_of(module: nn.Module, name: str) -> dict[str, Any] | None:
+    """Which of a module's dicts holds an attribute; None: its class does, or nobody."""
     own = module.__dict__
-    for place in (own, own["_modules"], own["_parameters"], own["_buffers"]):
-        if name in place:
-            return place[name]
-    return getattr(type(module), name, _ABSENT)
+    places = (own, own["_modules"], own["_parameters"], own["_buffers"])
+    return next((place for place in places if name in place), None)
+
+
+def is_itself(value: Any) -> bool:
+    """Whether a value cannot change but by being replaced, as far as a forward sees it."""
+    return type(value) in _SIMPLE or isinstance(value, (nn.Module, *_AS_IT_IS))
+
+
+def kept(module: nn.Module, name: str, seen: dict[int, int]) -> Any:
+    """An attribute in a form to compare; `seen` is that of all that are compared together.
+
+    Raises:
+        Unwatchable: as `state` does.
+    """
+    return _kept(_held(module, name), name, seen)
 
 
 def _kept(value: Any, name: str, seen: dict[int, int]) -> Any:
     kind: Any = type(value)
     if kind in _SIMPLE:
         return kind, value
-    if isinstance(value, _AS_IT_IS) or value is _ABSENT:
+    if isinstance(value, _AS_IT_IS) or value is ABSENT:
         return value
     known = id(value) in seen
     number = seen.setdefault(id(value), len(seen))  # tells what is one object twice

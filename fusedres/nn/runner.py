@@ -25,6 +25,12 @@ Values = list[Any]
 Bound = Callable[[Values], None]
 
 
+class Unfit(Exception):
+    """What a call in between gave is of another shape or dtype than what a convolution is bound to:
+    it depends on more than the shape of the input.
+    """
+
+
 class Runner:
     """A Program bound to weights and to one shape of input; made by its first run.
 
@@ -121,11 +127,14 @@ class Runner:
         stored = {step.input in self._own, step.residual is None or step.residual in self._own}
         dense = stored == {True}
         self._own.add(out)
+        kind, joined = _kind(x), None if residual is None else _kind(residual)
 
         def convolution(values: Values) -> None:
             x = values[at_x]
             r = None if at_r is None else values[at_r]
             if not dense:
+                if _kind(x) != kind or (r is not None and _kind(r) != joined):
+                    raise Unfit
                 x = x.contiguous(memory_format=torch.channels_last)
                 r = None if r is None else r.contiguous(memory_format=torch.channels_last)
             y = run(x, r)
@@ -134,6 +143,10 @@ class Runner:
                 values[i] = None
 
         return convolution
+
+
+def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return t.shape, t.dtype, t.device
 
 
 def _private(program: Program) -> set[int]:

@@ -165,13 +165,14 @@ def trace(
         program, graph, tracer = _graph(root, [m for _, m in inside])
         if before.restore():
             program = "its forward changes attributes"
+        reads = tracer.recorder.reads()
+        read = [(path, name) for path, names in reads for name in names]
         try:
             if not program:
                 assert graph is not None
-                program = program_of(root, graph, [path for path, _ in inside], functions, folds)
+                program = program_of(root, graph, [p for p, _ in inside], functions, folds, read)
         except Untraceable as error:
             program = str(error)
-        reads = tracer.recorder.reads()
         try:
             found = state(root, reads)
         except Unwatchable as error:

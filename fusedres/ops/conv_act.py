@@ -165,7 +165,10 @@ def bind(
         return Bound(plain, "reference", "split", True)
     shape = output_shape(x.shape, weight.shape, conv)
     backend, plan = way_of(choice, x, x.dtype, weight, conv, shape)
-    key = (plan, weight.data_ptr(), x.shape[2:], min(2, x.size(0)))
+    own = (
+        None if bias is None else bias.data_ptr()
+    )  # tied weights may have a bias and a stride each
+    key = (plan, weight.data_ptr(), own, conv, x.shape[2:], min(2, x.size(0)))
     if plan == "split":
         packed = packs.get(key)
         if packed is None:
