@@ -37,11 +37,12 @@ def freeze(
     BatchNorms are folded in fp64 and rounded once. What is frozen is found as `fuse` finds it; what
     cannot be followed is called as it is. The copy is in evaluation mode, wants no gradients, and
     has a state_dict of its own (folded weights; no BatchNorms), which another frozen model of the
-    same architecture loads. Weights may change in place, by load_state_dict, `.to(dtype)` or
-    `.to(device)`: they are packed anew at the next call. Calls from several threads are safe.
+    same architecture loads. Weights may change in place (not through `.data`, which nothing tells),
+    by load_state_dict, `.to(dtype)` or `.to(device)`: they are packed anew at the next call. Calls
+    from several threads are safe.
 
     Where a gradient is wanted, under torch.compile, torch.export or torch.func, in training mode,
-    or with a hook on a module inside, its modules run one by one.
+    with a hook on a module inside, or for NaN in the input on a CPU, its modules run one by one.
 
     Args:
         model: any module that `fuse` takes: FusedResNet50, ResNets of torchvision, timm and Hugging
