@@ -56,7 +56,7 @@ class Graphs:
         self._recorded: OrderedDict[Any, Any] = OrderedDict()
 
     def run(self, key: Any, run: Run, x: Tensor, known: bool = False) -> Any:
-        """run(x), by a replay; recorded first if the key is new, or None if it has to be `known`."""
+        """run(x), by a replay; recorded first if the key is new, or None if it must be `known`."""
         with self._lock:
             of, recorded = self._recorded.get(key, (None, None))
             if known and of is not run:
