@@ -282,15 +282,14 @@ def _act_candidates(arch: int) -> list[Config]:
         blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (64, 128, 32, 4), (128, 128, 32, 8)]
         return [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (1, 2)]
     if not 90 <= arch < 120:
-        blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (128, 64, 32, 8), (128, 64, 64, 8)]
-        blocks.append((128, 128, 32, 8))
+        blocks = [(64, 64, 64, 4), (128, 64, 32, 4), (128, 64, 64, 8), (128, 128, 32, 8)]
         found = [Config(m, n, k, w, s) for m, n, k, w in blocks for s in (3, 4)]
         return [*found, Config(64, 128, 32, 4, 3)]
-    blocks = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 4), (128, 64, 4), (128, 64, 8)]
-    blocks += [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8)]
-    if arch < 100:  # beside a residual it spills on its successor
-        blocks.append((256, 128, 8))
-    return [Config(m, n, 64, w, s) for m, n, w in blocks for s in (3, 4)]
+    tiles = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4)]
+    tiles += [(128, 128, 8), (128, 256, 8), (256, 64, 8)]
+    if arch < 100:  # beside a residual they spill on its successor
+        tiles += [(64, 128, 4), (256, 128, 8)]
+    return [Config(m, n, 64, w, s) for m, n, w in tiles for s in (3, 4)]
 
 
 def _spatial_candidates(kernel: str) -> list[Config]:

@@ -102,24 +102,21 @@ def taps_of(width: int) -> int:
     return max(4, triton.next_power_of_2(width))
 
 
-def sides_of(
-    size: tuple[int, int], weight: Tensor, conv: Conv, out: tuple[int, int]
-) -> tuple[int, int]:
-    """(HP, WP) of an image's padded copy, for outputs of OH by OW: a row of it is a multiple of 16
-    elements, and holds all that a filled-up window reads.
+def sides_of(size: tuple[int, int], weight: Tensor, conv: Conv, columns: int) -> tuple[int, int]:
+    """(HP, WP) of an image's padded copy, for outputs of so many columns: a row of it is a multiple
+    of 16 elements, and holds all that a filled-up window reads.
     """
     top, bottom, left, right = conv.padding
-    high = (out[0] - 1) * conv.stride[0] + weight.size(2)
-    wide = (out[1] - 1) * conv.stride[1] + taps_of(weight.size(3))
+    wide = (columns - 1) * conv.stride[1] + taps_of(weight.size(3))
     wide = triton.cdiv(max(wide, left + size[1] + right), 4) * 4
-    return max(high, top + size[0] + bottom), wide
+    return top + size[0] + bottom, wide
 
 
 def _padded(x: Tensor, weight: Tensor, conv: Conv, y: Tensor) -> Tensor:
     """The image as [N, HP, WP, 4], zeros around it."""
     top, _, left, _ = conv.padding
     n, channels, height, width = x.shape
-    sides = sides_of((height, width), weight, conv, (y.size(2), y.size(3)))
+    sides = sides_of((height, width), weight, conv, y.size(3))
     image = x.new_zeros(n, *sides, 4)
     image[:, top : top + height, left : left + width, :channels].copy_(x.permute(0, 2, 3, 1))
     return image

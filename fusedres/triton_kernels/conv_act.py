@@ -115,7 +115,7 @@ def image(
     """The copy [N, HP, WP, 4] that the kernel reads, zeros in its padding and past C."""
     n, channels, height, width = _shape(x)
     out = output_shape((n, channels, height, width), weight.shape, conv)
-    high, wide = sides_of((height, width), weight, conv, (out[2], out[3]))
+    high, wide = sides_of((height, width), weight, conv, out[3])
     copy = torch.empty(n, high, wide, 4, dtype=weight.dtype, device=x.device)
     block = min(_LINE, triton.next_power_of_2(4 * wide))
     launch(
