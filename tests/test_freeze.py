@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -31,6 +32,8 @@ from fusedres.nn import frozen as frozen_module
 from fusedres.nn.frozen import FrozenModule
 from fusedres.nn.graphs import Graphs
 from fusedres.testing import assert_three_way, serving_backends
+from fusedres.training import Checkpoint, Recipe, load, train
+from fusedres.training.preprocess import unit
 
 BACKENDS = serving_backends()
 FASTEST = BACKENDS[-1]
@@ -216,6 +219,26 @@ def test_no_image_is_too_odd(narrow: None) -> None:
     with torch.no_grad():
         for x in [*shapes, *(s.contiguous() for s in shapes), *shapes]:
             close(frozen(x), model(x))
+
+
+@pytest.mark.slow
+def test_digits_are_taken_for_the_same(tmp_path: Path) -> None:
+    """By a trained network: every picture in fp32, as good as every one in bf16."""
+    pytest.importorskip("sklearn")
+    run = train("digits", tmp_path, Recipe(epochs=3), model="resnet18", progress=False)
+    assert run.test_accuracy > 0.9
+    found = Checkpoint.load(tmp_path)
+    model, normal = found.model(), found.preprocess
+    pictures = load("digits").test
+    frames = pictures.read(range(len(pictures)))
+    with torch.inference_mode():
+        for dtype, least in ((torch.float32, 1.0), (torch.bfloat16, 0.99)):
+            frozen = freeze(model, dtype=dtype, mean=normal.mean, std=normal.std)
+            x = normal(unit(frames))
+            plain = fusedres.unfuse(copy.deepcopy(model)).to(dtype)(x.to(dtype)).argmax(1)
+            for images in (frames, x.to(dtype)):
+                same = (frozen(images).argmax(1) == plain).float().mean()
+                assert same >= least, (dtype, images.dtype, same)
 
 
 # --- what stays, what is kept, what comes back ----------------------------------------------------

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from fusedres import backends
 from fusedres.library.conv_act import finite
 from fusedres.nn.frames import Normalization, normalized
+from fusedres.nn.fuse import rebuilt_by
 from fusedres.nn.graphs import Graphs
 from fusedres.nn.program import Program, at
 from fusedres.nn.runner import Runner, Unfit
@@ -64,11 +65,7 @@ class FrozenModule(nn.Module):
         """Not that of the class, which may keep a list of the classes that users write."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        build, args, *rest = reduced
-        cls = own_class(self)  # ours cannot be found by its name
-        made_by = tuple(cls if a is type(self) else a for a in (build, *args))
-        return (_rebuilt, made_by, *rest)
+        return rebuilt_by(_rebuilt, super().__reduce_ex__(protocol), type(self), own_class(self))
 
     def __getstate__(self) -> Any:
         return {**super().__getstate__(), "_functions": {}}

@@ -220,11 +220,7 @@ class FusedByProgram(FusedModule):
         """Not that of the class, which may keep a list of the classes that users write."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        build, args, *rest = reduced
-        cls = own_class(self)  # ours cannot be found by its name
-        made_by = tuple(cls if a is type(self) else a for a in (build, *args))
-        return (_rebuilt, made_by, *rest)
+        return rebuilt_by(_rebuilt, super().__reduce_ex__(protocol), type(self), own_class(self))
 
     def __getstate__(self) -> Any:
         return {**super().__getstate__(), "_programs": {}, "_functions": {}}
@@ -247,6 +243,14 @@ def _has(module: nn.Module, path: str) -> bool:
             return False
         module = module._modules[name]  # type: ignore[assignment]
     return True
+
+
+def rebuilt_by(
+    rebuild: Callable[..., nn.Module], reduced: Any, made: type, own: type[nn.Module]
+) -> Any:
+    """What pickle is told of an object of a `made` class, which it cannot find by its name."""
+    build, args, *rest = reduced
+    return (rebuild, tuple(own if a is made else a for a in (build, *args)), *rest)
 
 
 @functools.cache
