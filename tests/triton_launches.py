@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from triton_inference import every_configuration, inference_step, rare_inference
 
 import fusedres
 from fusedres import backends
@@ -332,6 +332,9 @@ def unique(launches: list[Launch]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Writes a list for each target."""
+    sys.path.append(str(Path(__file__).parent))  # which python -P leaves out
+    from triton_inference import every_configuration, inference_step, rare_inference
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path)
     parser.add_argument("--targets", nargs="+", default=["sm_90"])
