@@ -346,12 +346,16 @@ def asked(path: Path, source: str) -> list[str]:
 
 # by what they are for: state dicts, pictures of weights and traces of a model are no step's
 ASIDE = {"weights.py", "summary.py", "tracing.py", "matching.py", "init.py"}
+# nor what freeze does once, vectors that are made before a graph is recorded, and the recording
+ASIDE |= {"freeze.py", "frames.py", "graphs.py"}
+ON_A_CPU = ("s.isfinite().item()",)  # asked where oneDNN runs
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_python_asks_a_device_for_no_value(room: str) -> None:
     paths = [p for p in (PACKAGE / room).rglob("*.py") if p.name not in ASIDE]
-    assert paths and not [call for p in paths for call in asked(p, p.read_text())]
+    calls = [call for p in paths for call in asked(p, p.read_text())]
+    assert paths and not [call for call in calls if not call.endswith(ON_A_CPU)]
     assert len(asked(Path("a.py"), "x.item()\ntorch.tensor(1.0)\nx.to('cpu')\nx.to(d)")) == 3
 
 
