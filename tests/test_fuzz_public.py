@@ -151,6 +151,17 @@ def whole(function: Callable[..., Any], kind: type = Deferred) -> Callable[..., 
 Built = tuple[Callable[..., Any], Arguments, dict[str, Tensor]]
 
 
+def conv_act(s: Setting) -> Built:
+    """Without gradients, for it has none."""
+    k = s.filters
+    given: Arguments = [("x", "tensor", s.full(0)), ("scale", "tensor", s.vector(16, 0.25, k))]
+    given += [("bias", "tensor", s.vector(17, count=k)), ("residual", "tensor", s.full(4, s.out))]
+    weight, *others = conv(s)
+    weight = (*weight[:2], weight[2].detach())
+    call = torch.no_grad()(ops.conv_act)
+    return call, [*given, weight, *others, ("relu", "bool", s.relu)], {}
+
+
 def conv_bn(s: Setting) -> Built:
     residual = ("residual", "tensor", leaf(s.full(4, s.out)))
     last = [residual, ("relu", "bool", s.relu), ("emit", "emit", s.mixed)]
@@ -294,6 +305,7 @@ FUNCTIONS = (
     bn_act,
     bn_add_relu,
     bn_relu_maxpool,
+    conv_act,
     conv_bn,
     conv_bn_of_deferred,
     conv_bn_of_sampled,
@@ -357,7 +369,7 @@ def gradients(outputs: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Ten
 
 
 # what an error says where it is about more than one argument, or about what follows from them
-SHAPED = ("bn_weight", "bn_bias", "running_mean", "running_var", "residual")
+SHAPED = ("bn_weight", "bn_bias", "running_mean", "running_var", "residual", "scale")
 FIRST = ("input", "the activation", "what it is added to", "output of shape", "backend '", *SHAPED)
 ALIASES = {
     "x": (*FIRST, "weight"),
