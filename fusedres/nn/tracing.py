@@ -14,6 +14,7 @@ import operator
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -180,7 +181,7 @@ def trace(
     return Followed(program, reads, found)
 
 
-_TRIES = 5
+_PATIENCE = 5.0  # seconds, where other threads may draw
 
 
 def _graph(
@@ -190,8 +191,9 @@ def _graph(
 
     Other threads may draw random numbers meanwhile: what moves them each time is the forward.
     """
-    drawn = _drawn()
-    for _ in range(_TRIES):
+    drawn, deadline = _drawn(), time.monotonic()
+    deadline += _PATIENCE if threading.active_count() > 1 else 0.0
+    while True:
         now, tracer = _drawn(), _Tracer(root, inside)
         reason, graph = "", None
         try:
@@ -200,6 +202,9 @@ def _graph(
             reason = str(error)
         if not any(_moved(now)):
             return reason, graph, tracer
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.01)
     _put_back(drawn)
     return "its forward draws random numbers itself", None, tracer
 
