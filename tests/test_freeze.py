@@ -143,9 +143,25 @@ class Aliases(nn.Module):
         return torch.cat([k, view, kept, h, j], 1)
 
 
-def test_no_residual_is_overwritten_that_somebody_has() -> None:
+class ReadAgain(Aliases):
+    """Residuals that are no input of their convolution: one a call has kept, one is read again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        kept = self.dropout(h)
+        i = F.relu(self.c(F.relu(self.b(h))) + h)
+        j = F.relu(self.e(F.relu(self.d(i))) + i)
+        return torch.cat([kept, F.relu(self.b2(F.relu(self.a2(j))) + i)], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a2, self.b2 = Layer(8, 8, 1, relu=False), Layer(8, 8, 1, relu=False)
+
+
+@pytest.mark.parametrize("of", [Aliases, ReadAgain])
+def test_no_residual_is_overwritten_that_somebody_has(of: type[nn.Module]) -> None:
     for dtype in (torch.float64, torch.float32):
-        model = moved(Aliases()).to(dtype)
+        model = moved(of()).to(dtype)
         x = torch.randn(2, 8, 6, 5, dtype=dtype)
         before, frozen = x.clone(), freeze(model)
         with torch.no_grad():
