@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_freeze import Small, moved
+from test_triton_gpu import _no_tf32  # noqa: F401  (a fixture here, too)
 from torch import Tensor, nn
 
 import fusedres
@@ -21,14 +22,6 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 WAYS = [("auto", "auto"), ("cuda", "split"), ("triton", "fused"), ("triton", "split")]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32():
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def network() -> nn.Module:

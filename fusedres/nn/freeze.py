@@ -156,6 +156,7 @@ def _wide(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _autocast_turned() -> Iterator[None]:
+    """Autocast off where it is on, and on where it is off."""
     kinds = ("cpu", "cuda")
     before = [torch.is_autocast_enabled(kind) for kind in kinds]
     try:

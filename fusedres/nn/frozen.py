@@ -288,9 +288,9 @@ class Engine:
             name = own_class(owner).__name__
             runner = Runner(name, owner, self._program, packs, x, dtype, normalization)
             self._bound[key] = runner
-            for kept in (self._bound, self._packs):
-                while len(kept) > KEPT:
-                    kept.popitem(last=False)
+            for known in (self._bound, self._packs):
+                while len(known) > KEPT:
+                    known.popitem(last=False)
             return runner
 
 
