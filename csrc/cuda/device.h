@@ -20,12 +20,17 @@
 
 namespace fusedres {
 
-// The only way to shared memory, whose size is the launch's.
-extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+// The only way to shared memory, whose size is the launch's. On 1,024 bytes: the swizzle of a tile
+// goes by bits of its address, and repeats after so many.
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
+
+// Tells the compiler that x may have changed here: what follows from it is computed again, where it
+// would otherwise be kept in registers that a loop has no room for.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
 
 // An access of 2, 4, 8 or 16 bytes is one instruction on the word of that size.
 template <int kBytes>

@@ -76,7 +76,8 @@ def build(folder: Path, sanitize: bool = True) -> Path:
     import pybind11
 
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    python += ["-DFUSEDRES_WITH_CUDA", '-DFUSEDRES_CUDA_ARCHS="emulated"']
+    with_cuda = ["-DFUSEDRES_WITH_CUDA", "-DFUSEDRES_WITH_SM90A"]
+    python += [*with_cuda, '-DFUSEDRES_CUDA_ARCHS="emulated"']
     # What is not looked at, and would take as long as all the rest: the bindings, and the CPU's
     # kernels, which they want to be linked.
     plain = ["-fno-sanitize=all", "-O0"]
@@ -84,16 +85,22 @@ def build(folder: Path, sanitize: bool = True) -> Path:
     lowest = [*plain, "-DFUSEDRES_CPU_LEVELS=1", "-DFUSEDRES_CPU_LEVEL=baseline"]
     sources[CSRC / "cpu_levels.cpp"] = lowest
     sources |= {s: lowest for s in sorted(CSRC.glob("cpu/*.cpp"))}
-    sources |= {s: ["-DFUSEDRES_WITH_CUDA"] for s in sorted(CSRC.glob("cuda/*.cu"))}
+    sources |= {s: with_cuda for s in sorted(CSRC.glob("cuda/*.cu"))}
     target = folder / "_C.so"
     return _compile(sources, target, ["-fPIC", "-fopenmp"], ["-shared", "-fopenmp"], sanitize)
 
 
-def build_program(source: Path, folder: Path, sanitize: bool = True) -> Path:
-    """An executable of one file of kernels and a main()."""
+def build_program(
+    source: Path,
+    folder: Path,
+    sanitize: bool = True,
+    others: dict[Path, list[str]] | None = None,
+) -> Path:
+    """An executable of a file with a main(), and of `others`, each with flags of its own."""
     target = folder / source.stem
     # Exported, so that the names of kernels are found.
-    return _compile({source: []}, target, [], ["-rdynamic", "-pthread"], sanitize)
+    link = ["-rdynamic", "-pthread"]
+    return _compile({source: [], **(others or {})}, target, [], link, sanitize)
 
 
 def _compile(
@@ -132,7 +139,8 @@ rule link
   command = {line(*cxx, *link)} $in -ldl -o $out
 """
     objects = []
-    for source, more in (sources | {HERE / "emulator.cpp": []}).items():
+    engine = {HERE / f"{name}.cpp": [] for name in ("emulator", "async", "products")}
+    for source, more in (sources | engine).items():
         objects.append(folder / "objects" / f"{source.parent.name}-{source.name}.o")
         text += f"build {objects[-1]}: cxx {source}\n  more = {line(*more)}\n"
     target = folder / target.name

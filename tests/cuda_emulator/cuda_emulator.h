@@ -19,6 +19,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static_assert(false, "no __shared__ variables: use shared_memory<T>()");
@@ -31,7 +32,7 @@ struct Site {
   int line;
 };
 
-enum class WarpOp { kSync, kShfl, kShflUp, kShflDown, kShflXor, kBallot, kAny, kAll };
+enum class WarpOp { kSync, kShfl, kShflUp, kShflDown, kShflXor, kBallot, kAny, kAll, kTogether };
 
 #pragma GCC visibility push(hidden)  // the module exports its kernels, whose names are looked up
 
@@ -193,6 +194,8 @@ T* shared_memory() {
 inline void grid_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::wait_for_grid({file, line});
 }
+
+inline void forget(int&) {}
 
 template <class V>
 V load(const V* p) {

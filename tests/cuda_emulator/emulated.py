@@ -1,8 +1,10 @@
 """A pytest plugin: fusedres on the emulated extension, whose GPU is the CPU.
 
 Loaded by `-p emulated` with this folder on PYTHONPATH, before any test module, in a process whose
-FUSEDRES_EMULATED names what build.py made. CPU tensors then serve as GPU tensors of the `cuda`
-backend. torch.empty gives NaN and the like, so that what a kernel leaves unwritten shows.
+FUSEDRES_EMULATED names what build.py made, and FUSEDRES_EMULATED_LIMITS maybe what the device has:
+multiprocessors, blocks that each takes, bytes of shared memory of a block. CPU tensors then serve
+as GPU tensors of the `cuda` backend. torch.empty gives NaN and the like, so that what a kernel
+leaves unwritten shows.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ def _install() -> ctypes.CDLL:
     for name, backend in backends.BACKENDS.items():
         devices = {"cuda": ("cpu",), "reference": ()}.get(name, ("none",))
         backends.BACKENDS[name] = replace(backend, devices=devices)
+    backends.product_problem = lambda *_: None  # the emulator has the instructions of every GPU
     _args.where = lambda _: (0, 0)  # device 0, the default stream
     controls = ctypes.CDLL(str(PATH))
     controls.emulator_launched.restype = ctypes.c_char_p
     types = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
     controls.emulator_configure.argtypes = types
+    if limits := os.environ.get("FUSEDRES_EMULATED_LIMITS"):
+        controls.emulator_configure(1, *map(int, limits.split()))
     return controls
 
 

@@ -13,25 +13,14 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdlib>
-#include <deque>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <string>
-#include <utility>
-#include <vector>
 
-#include "cuda_emulator.h"
+#include "engine.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// swapcontext asks the kernel for the signal mask at every switch, which takes most of its time.
-#if defined(__x86_64__) && !defined(FUSEDRES_EMULATOR_UCONTEXT)
-#define FUSEDRES_EMULATOR_ASSEMBLY
+#ifdef FUSEDRES_EMULATOR_ASSEMBLY
 // Pushes the registers that a callee must keep, leaves the stack's end in *from, goes on at `to`.
 extern "C" __attribute__((visibility("hidden"))) void fusedres_switch_stack(void** from, void* to);
 asm(R"(
@@ -57,16 +46,14 @@ fusedres_switch_stack:
   ret
 .size fusedres_switch_stack, . - fusedres_switch_stack
 )");
-#else
-#include <ucontext.h>
 #endif
 
 namespace fusedres {
 namespace emulator {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
+constexpr size_t kSharedAlignment = 1024;    // as device.h asks for
 constexpr size_t kSharedUnasked = 48 << 10;  // more needs cudaFuncSetAttribute
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 << 10;  // frames are larger, and reports are written from here
@@ -75,8 +62,6 @@ constexpr size_t kStackBytes = 64 << 10;
 #endif
 
 #ifdef FUSEDRES_EMULATOR_ASSEMBLY
-using Context = void*;
-
 void make_context(Context* context, unsigned char* stack, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   *--top = nullptr;  // where entry would return to: the end for whoever walks the stack
@@ -87,8 +72,6 @@ void make_context(Context* context, unsigned char* stack, void (*entry)()) {
 
 void switch_context(Context* from, Context* to) { fusedres_switch_stack(from, *to); }
 #else
-using Context = ucontext_t;
-
 void make_context(Context* context, unsigned char* stack, void (*entry)()) {
   getcontext(context);
   context->uc_stack.ss_sp = stack;
@@ -100,94 +83,6 @@ void make_context(Context* context, unsigned char* stack, void (*entry)()) {
 void switch_context(Context* from, Context* to) { swapcontext(from, to); }
 #endif
 
-enum class State { kReady, kAtBlockBarrier, kAtGridBarrier, kAtWarp, kDone };
-
-struct Warp {
-  int first, count;  // threads
-  int ready;         // of them
-  uint32_t share;    // runs in a round with odds of share / 8
-};
-
-struct Block {
-  uint3 index;
-  int done = 0, waiting = 0;      // threads that have left, that are at a barrier
-  State barrier = State::kReady;  // which kind, and where
-  Site site = {};
-  std::unique_ptr<unsigned char, void (*)(void*)> shared = {nullptr, std::free};
-};
-
-struct Thread {
-  Context context;
-  unsigned char* stack = nullptr;
-  void* fake_stack = nullptr;  // the sanitizer's
-
-  State state;
-  uint3 index;
-  int number;  // in its block
-  Block* block;
-  Warp* warp;
-
-  Site site;  // of the warp operation it waits in
-  WarpOp op;
-  unsigned mask;
-  int source;
-  uint64_t value, result;
-};
-
-struct Random {
-  uint64_t state = 1;
-
-  uint32_t next() {  // splitmix64
-    uint64_t z = state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
-  }
-  uint32_t below(uint64_t n) { return static_cast<uint32_t>((next() * n) >> 32); }
-
-  template <class T>
-  void shuffle(std::vector<T>* items) {
-    for (size_t n = items->size(); n > 1; --n) std::swap((*items)[n - 1], (*items)[below(n)]);
-  }
-};
-
-struct Machine {
-  std::mutex mutex;  // one launch at a time, from whichever of the host's threads
-
-  // What emulator_configure() sets.
-  Random random;
-  int multiprocessors = 3, blocks_per_multiprocessor = 1;
-  size_t max_shared_bytes = 48 << 10;
-
-  std::map<const void*, size_t> shared_asked;  // cudaFuncSetAttribute
-  std::string launched;
-
-  // The launch that runs.
-  const void* kernel = nullptr;
-  void (*body)(const void*) = nullptr;
-  const void* closure = nullptr;
-  size_t shared_bytes = 0;
-  bool cooperative = false;
-  int block_threads = 0, threads_resident = 0;
-  std::deque<Thread> threads;  // kept between launches, as are their stacks
-  std::deque<Warp> warps;
-  std::deque<Block> blocks;
-  std::vector<Thread*> round;
-  int done = 0, at_grid_barrier = 0;  // threads, of all resident blocks
-  Site grid_site = {};
-
-  Thread* current = nullptr;
-  Context host;
-  void* host_fake_stack = nullptr;
-  const void* host_stack = nullptr;
-  size_t host_stack_bytes = 0;
-};
-
-Machine& machine() {
-  static Machine* const instance = new Machine;  // outlives every destructor that might launch
-  return *instance;
-}
-
 uint3 thread_index, block_index;
 dim3 block_extent, grid_extent;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -196,10 +91,6 @@ thread_local bool launching = false;
 cudaError_t noted(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
-}
-
-bool same(Site a, Site b) {
-  return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
 }
 
 // The linker's name, or nothing for a kernel that has none.
@@ -237,25 +128,7 @@ std::string readable_name(const void* kernel) {
   std::abort();
 }
 
-[[noreturn]] __attribute__((format(printf, 2, 3))) void fail_waiting(const Thread* thread,
-                                                                     const char* format, ...) {
-  va_list args;
-  va_start(args, format);
-  die(thread->block, thread, format, args);
-}
-
 // --- Switching ----------------------------------------------------------------------------------
-
-void to_host(Thread* thread) {
-  Machine& m = machine();
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&thread->fake_stack, m.host_stack, m.host_stack_bytes);
-#endif
-  switch_context(&thread->context, &m.host);
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(thread->fake_stack, &m.host_stack, &m.host_stack_bytes);
-#endif
-}
 
 void to_thread(Thread* thread) {
   Machine& m = machine();
@@ -272,16 +145,6 @@ void to_thread(Thread* thread) {
   m.current = nullptr;
 }
 
-void set_waiting(Thread* thread, State state) {
-  thread->state = state;
-  --thread->warp->ready;
-}
-
-void set_ready(Thread* thread) {
-  thread->state = State::kReady;
-  ++thread->warp->ready;
-}
-
 void leave(Thread* thread) {
   Machine& m = machine();
   Block& block = *thread->block;
@@ -292,6 +155,7 @@ void leave(Thread* thread) {
   if (m.at_grid_barrier > 0) {
     fail("leaves while other blocks wait at %s:%d", m.grid_site.file, m.grid_site.line);
   }
+  if (block.async) check_leaving(*thread);
   ++block.done;
   ++m.done;
   set_waiting(thread, State::kDone);
@@ -327,8 +191,40 @@ void add_stack(Thread* thread) {
 
 // --- Scheduling ---------------------------------------------------------------------------------
 
+// What the thread waits for, unless for lanes of its warp.
+std::string described_wait(const Thread& thread) {
+  const Block& block = *thread.block;
+  switch (thread.state) {
+    case State::kAtBlockBarrier:
+      return "for the block at " + std::string(block.site.file) + ":" +
+             std::to_string(block.site.line);
+    case State::kAtGridBarrier:
+      return "for the grid at " + std::string(block.site.file) + ":" +
+             std::to_string(block.site.line);
+    case State::kAtPartBarrier:
+    case State::kAtBarrier:
+    case State::kAtProducts:
+      return wait_of(thread);
+    default:
+      return "";
+  }
+}
+
 [[noreturn]] void report_deadlock() {
   Machine& m = machine();
+  for (const Block& block : m.blocks) {
+    std::map<std::string, std::pair<int, const Thread*>> waits;  // threads, the first of them
+    for (int i = block.first; i < block.first + m.block_threads; ++i) {
+      const std::string wait = described_wait(m.threads[i]);
+      if (!wait.empty() && ++waits[wait].first == 1) waits[wait].second = &m.threads[i];
+    }
+    for (const auto& [wait, threads] : waits) {
+      const uint3 &at = block.index, &thread = threads.second->index;
+      fprintf(stderr,
+              "CUDA emulator: block (%u, %u, %u): %d threads, the first (%u, %u, %u), wait %s\n",
+              at.x, at.y, at.z, threads.first, thread.x, thread.y, thread.z, wait.c_str());
+    }
+  }
   for (int i = 0; i < m.threads_resident; ++i) {
     const Thread& thread = m.threads[i];
     if (thread.state != State::kAtWarp) continue;
@@ -359,9 +255,19 @@ void run_resident_blocks() {
         }
       }
     }
-    if (m.round.empty()) report_deadlock();
+    if (m.round.empty()) {  // all wait: perhaps for what happens beside the program
+      if (!do_operation()) report_deadlock();
+      continue;
+    }
+    m.round.resize(m.round.size() + operations_of_round());
     m.random.shuffle(&m.round);
-    for (Thread* thread : m.round) to_thread(thread);
+    for (Thread* thread : m.round) {
+      if (thread) {
+        to_thread(thread);
+      } else {
+        do_operation();
+      }
+    }
   }
 }
 
@@ -383,13 +289,14 @@ void make_resident(int blocks) {
   m.warps.clear();
   for (int b = 0; b < blocks; ++b) {
     Block& block = m.blocks.emplace_back();
+    block.first = b * m.block_threads;
     for (int i = 0; i < m.block_threads; ++i) {
       if (i % kWarp == 0) {
         Warp& warp = m.warps.emplace_back();
-        warp.first = b * m.block_threads + i;
+        warp.first = block.first + i;
         warp.count = std::min(kWarp, m.block_threads - i);
       }
-      Thread& thread = m.threads[b * m.block_threads + i];
+      Thread& thread = m.threads[block.first + i];
       thread.number = i;
       thread.index = unfolded(i, block_extent);
       thread.block = &block;
@@ -405,14 +312,19 @@ void start_blocks() {
   constexpr uint32_t kShares[] = {1, 4, 7};
   for (Warp& warp : m.warps) {
     warp.ready = warp.count;
+    warp.together = 0;
     warp.share = kShares[m.random.below(3)];
   }
   for (Block& block : m.blocks) {
     block.done = block.waiting = 0;
+    block.async.reset();
     if (m.shared_bytes == 0) continue;
     // Exactly what was asked for, that the sanitizer sees its end; all NaN before it is written.
-    block.shared.reset(static_cast<unsigned char*>(malloc(m.shared_bytes)));
-    if (!block.shared) fail("no memory for a block's shared memory");
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kSharedAlignment, m.shared_bytes) != 0) {
+      fail("no memory for a block's shared memory");
+    }
+    block.shared.reset(static_cast<unsigned char*>(memory));
     memset(block.shared.get(), 0xff, m.shared_bytes);
   }
 }
@@ -446,13 +358,51 @@ void release(int first, int count) {
   for (int i = first; i < first + count; ++i) set_ready(&m.threads[i]);
 }
 
+}  // namespace
+
+// --- For all parts of the engine ----------------------------------------------------------------
+
+Machine& machine() {
+  static Machine* const instance = new Machine;  // outlives every destructor that might launch
+  return *instance;
+}
+
 Thread* current(const char* what) {
   Thread* const thread = machine().current;
   if (thread == nullptr) fail("%s outside of a kernel", what);
   return thread;
 }
 
-}  // namespace
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
+}
+
+void set_waiting(Thread* thread, State state) {
+  thread->state = state;
+  --thread->warp->ready;
+}
+
+void set_ready(Thread* thread) {
+  thread->state = State::kReady;
+  ++thread->warp->ready;
+}
+
+void to_host(Thread* thread) {
+  Machine& m = machine();
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&thread->fake_stack, m.host_stack, m.host_stack_bytes);
+#endif
+  switch_context(&thread->context, &m.host);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(thread->fake_stack, &m.host_stack, &m.host_stack_bytes);
+#endif
+}
+
+void fail_waiting(const Thread* thread, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  die(thread->block, thread, format, args);
+}
 
 // --- What kernels call --------------------------------------------------------------------------
 
@@ -481,7 +431,7 @@ void wait_for_block(Site site) {
   Block& block = *thread->block;
   if (block.waiting == m.block_threads) {
     block.waiting = 0;
-    release(thread->warp->first - thread->number / kWarp * kWarp, m.block_threads);
+    release(block.first, m.block_threads);
   }
   to_host(thread);
 }
@@ -621,6 +571,14 @@ void emulator_configure(uint64_t seed, int multiprocessors, int blocks_per_multi
   m.max_shared_bytes = max_shared_bytes;
 }
 
+// The compute capability that the device is said to have: 9.0 unless told.
+void emulator_set_capability(int major, int minor) {
+  auto& m = fusedres::emulator::machine();
+  const std::lock_guard<std::mutex> lock(m.mutex);
+  m.capability_major = major;
+  m.capability_minor = minor;
+}
+
 // The linker's names of the kernels launched since the last clear, one per line; valid until the
 // next launch.
 const char* emulator_launched() { return fusedres::emulator::machine().launched.c_str(); }
@@ -713,6 +671,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = m.capability_major;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = m.capability_minor;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(m.max_shared_bytes + 1024) * m.blocks_per_multiprocessor;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(m.max_shared_bytes);

@@ -6,46 +6,14 @@
 // ends with 0 where the results are as they should be, with 1 where not.
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <string>
 #include <thread>
-#include <vector>
 
-#include "cuda/launch.h"
-
-extern "C" void emulator_configure(uint64_t seed, int multiprocessors,
-                                   int blocks_per_multiprocessor, size_t max_shared_bytes);
-extern "C" const char* emulator_launched();
-extern "C" void emulator_clear_launched();
+#include "selftest.h"
 
 namespace fusedres {
 
 constexpr unsigned kAll = ~0u;
-
-template <class... Params, class... Args>
-cudaError_t start(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes,
-                  bool cooperative, Args... args) {
-  LaunchConfig config;
-  config.blocks = blocks;
-  config.threads = threads;
-  config.shared_bytes = shared_bytes;
-  config.cooperative = cooperative;
-  return launch(kernel, config, nullptr, args...);
-}
-
-bool runs(cudaError_t status) {
-  if (status != cudaSuccess) fprintf(stderr, "refused: %s\n", cudaGetErrorName(status));
-  return status == cudaSuccess;
-}
-
-bool check(bool right, const char* what) {
-  if (!right) fprintf(stderr, "wrong: %s\n", what);
-  return right;
-}
-#define CHECK(condition) \
-  if (!check(condition, #condition)) return false
 
 // --- Right kernels ------------------------------------------------------------------------------
 
@@ -383,11 +351,5 @@ bool run_case(const std::string& name) {
 }  // namespace fusedres
 
 int main(int argc, char** argv) {
-  const std::string name = argc > 1 ? argv[1] : "";
-  bool right = argc > 2 || fusedres::run_case(name);
-  for (int i = 2; i < argc; ++i) {
-    emulator_configure(strtoull(argv[i], nullptr, 10), 3, 1, 48 << 10);
-    right = fusedres::run_case(name) && right;
-  }
-  return right ? 0 : 1;
+  return fusedres::run_cases(argc, argv, 48 << 10, fusedres::run_case);
 }
