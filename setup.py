@@ -64,16 +64,20 @@ class NinjaBuild(build_ext):
         levels = cpu_levels(cxx)
         host += ["-ffp-contract=off", f"-DFUSEDRES_CPU_LEVELS={len(levels)}"]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
-        cuda, libs, archs, version = [], [], [], ""
+        cuda, codes, hopper, libs, archs, version = [], [], [], [], [], ""
         if nvcc := find_nvcc(build):
             archs = choose_archs(nvcc)
             host_cxx = next(w for w in cxx if Path(w).name not in ("ccache", "sccache", "distcc"))
             cuda = [*common, "-ccbin", host_cxx, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             # PTX of the newest for GPUs to come; an architecture-specific one (90a) has no future.
             newest = sorted((a for a in archs if a.isdigit()), key=int)[-1:]
-            cuda += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in newest]
+            codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in newest]
             cuda += ["-DFUSEDRES_WITH_CUDA", "-lineinfo" if DEBUG else ""]
+            if {"90", "90a"} & set(archs):  # Hopper's own instructions are an architecture apart
+                hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
+                cuda += ["-DFUSEDRES_WITH_SM90A"]
+                python += ["-DFUSEDRES_WITH_SM90A"]
             # As a system folder the toolkit stays out of the dependencies. Its version is a comment
             # in the command instead, so that another toolkit does recompile.
             include = ["-isystem", str(toolkit_file(nvcc, "cuda_runtime_api.h").parent)]
@@ -96,7 +100,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {line(nvcc, *cuda)} -MMD -MF $out.d -c $in -o $out # {version}
+  command = {line(nvcc, *cuda)} $extra -MMD -MF $out.d -c $in -o $out # {version}
   depfile = $out.d
   deps = gcc
 rule link
@@ -106,6 +110,8 @@ rule link
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             # Only the bindings see Python: a new build environment recompiles nothing else.
             variants = {"": python if source.name == "bindings.cpp" else []}
+            if rule == "nvcc":
+                variants = {"": hopper if hopper and source.stem.endswith("_wgmma") else codes}
             if source.parent.name == "cpu":
                 variants = {n: [f"-DFUSEDRES_CPU_LEVEL={n}", *f] for n, f in levels.items()}
             for name, flags in variants.items():

@@ -345,6 +345,29 @@ int cpu_threads(const char* op, const Head& head) {
   return static_cast<int>(std::get<4>(head));
 }
 
+#ifdef FUSEDRES_WITH_CUDA
+Product product_of(int code) {
+  if (code != 0 && code != 1) {
+    throw std::invalid_argument("unknown product code " + std::to_string(code));
+  }
+  return static_cast<Product>(code);
+}
+#endif
+
+// Two launchers as one: on the CPU launch(threads), else launch(product, target, &config).
+template <class Cpu, class Cuda>
+auto by_product([[maybe_unused]] int code, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+  return [&cpu, &cuda, code](auto... how) {
+    if constexpr (sizeof...(how) == 1) {
+      cpu(how...);
+    } else {
+#ifdef FUSEDRES_WITH_CUDA
+      return cuda(product_of(code), how...);
+#endif
+    }
+  };
+}
+
 void bind_conv_bn_pointwise(py::module_& m) {
   const auto fwd_params = [](const Head& head, int64_t filters, bool relu, const Addresses<9>& act,
                              bool training, double momentum, double eps,
@@ -359,22 +382,25 @@ void bind_conv_bn_pointwise(py::module_& m) {
       "conv_bn_fwd",
       [=](const Head& head, int64_t filters, bool relu, const Addresses<9>& act, bool training,
           double momentum, double eps, const std::array<Numbered, 5>& vectors,
-          const Addresses<7>& t, const Numbered& weight) {
+          const Addresses<7>& t, const Numbered& weight, int product) {
         const ConvBnFwdParams params =
             fwd_params(head, filters, relu, act, training, momentum, eps, vectors, t, weight);
-        const int threads = cpu_threads("conv_bn_fwd", head);
-        const py::gil_scoped_release no_gil;
-        launch_conv_bn_fwd(params, threads);
+        const auto on_host = [&](int threads) { launch_conv_bn_fwd(params, threads); };
+        const auto on_device = [&](auto... how) { return launch_conv_bn_fwd(params, how...); };
+        run("conv_bn_fwd", head, by_product(product, on_host, on_device));
       },
       "head"_a, "filters"_a, "relu"_a, "act"_a, "training"_a, "momentum"_a, "eps"_a, "vectors"_a,
-      "tensors"_a, "weight"_a);
+      "tensors"_a, "weight"_a, "product"_a = 0);
   m.def(
       "conv_bn_fwd_workspace",
-      [=](const Head& head, int64_t filters, bool training) {
-        return conv_bn_fwd_workspace(
-            fwd_params(head, filters, false, {}, training, 0, 0, {}, {}, {}));
+      [=](const Head& head, int64_t filters, bool training, int) {
+        const ConvBnFwdParams params =
+            fwd_params(head, filters, false, {}, training, 0, 0, {}, {}, {});
+        const int64_t cpu = on_cpu(head) ? conv_bn_fwd_workspace(params) : 0;
+        return workspace("conv_bn_fwd", head, cpu,
+                         [&](auto... how) { return conv_bn_fwd_workspace(params, how...); });
       },
-      "head"_a, "filters"_a, "training"_a);
+      "head"_a, "filters"_a, "training"_a, "product"_a = 0);
 
   const auto dgrad_params = [](const Head& head, int64_t filters, bool training,
                                const Addresses<9>& t, const std::array<Numbered, 2>& gradients,
@@ -393,22 +419,26 @@ void bind_conv_bn_pointwise(py::module_& m) {
       "conv_bn_dgrad",
       [=](const Head& head, int64_t filters, bool training, const Addresses<9>& t,
           const std::array<Numbered, 2>& gradients, const Numbered& weight,
-          const Addresses<13>& act, Address sampled, const std::array<int64_t, 2>& steps) {
+          const Addresses<13>& act, Address sampled, const std::array<int64_t, 2>& steps,
+          int product) {
         const ConvBnDgradParams params =
             dgrad_params(head, filters, training, t, gradients, weight, act, sampled, steps);
-        const int threads = cpu_threads("conv_bn_dgrad", head);
-        const py::gil_scoped_release no_gil;
-        launch_conv_bn_dgrad(params, threads);
+        const auto on_host = [&](int threads) { launch_conv_bn_dgrad(params, threads); };
+        const auto on_device = [&](auto... how) { return launch_conv_bn_dgrad(params, how...); };
+        run("conv_bn_dgrad", head, by_product(product, on_host, on_device));
       },
       "head"_a, "filters"_a, "training"_a, "tensors"_a, "gradients"_a, "weight"_a, "act"_a,
-      "sampled"_a, "steps"_a);
+      "sampled"_a, "steps"_a, "product"_a = 0);
   m.def(
       "conv_bn_dgrad_workspace",
-      [=](const Head& head, int64_t filters, const Addresses<13>& act) {
-        return conv_bn_dgrad_workspace(
-            dgrad_params(head, filters, false, {}, {}, {}, act, 0, {1, 1}));
+      [=](const Head& head, int64_t filters, const Addresses<13>& act, int) {
+        const ConvBnDgradParams params =
+            dgrad_params(head, filters, false, {}, {}, {}, act, 0, {1, 1});
+        const int64_t cpu = on_cpu(head) ? conv_bn_dgrad_workspace(params) : 0;
+        return workspace("conv_bn_dgrad", head, cpu,
+                         [&](auto... how) { return conv_bn_dgrad_workspace(params, how...); });
       },
-      "head"_a, "filters"_a, "act"_a);
+      "head"_a, "filters"_a, "act"_a, "product"_a = 0);
 }
 
 void bind_conv_bn_wgrad(py::module_& m) {
@@ -540,8 +570,14 @@ PYBIND11_MODULE(_C, m) {
   bind_conv_bn_wgrad(m);
 #ifdef FUSEDRES_WITH_CUDA
   m.attr("cuda_built") = true;
+#ifdef FUSEDRES_WITH_SM90A
+  m.attr("wgmma_built") = true;
+#else
+  m.attr("wgmma_built") = false;
+#endif
   m.def("pack", &pack, "dtype"_a, "device"_a, "stream"_a, "buffer"_a, "entries"_a);
 #else
   m.attr("cuda_built") = false;
+  m.attr("wgmma_built") = false;
 #endif
 }

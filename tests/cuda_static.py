@@ -3,8 +3,10 @@
     python tests/cuda_static.py [--archs sm_80 sm_90] [--out table.json]
 
 Gates: no stack frame, so no spilled register; loads and stores of 128 bits in every kernel that
-takes vectors; the extension smaller than a wheel may be. Needs cuobjdump, which CUDA's toolkit and
-Triton's wheel have.
+takes vectors. Of kernels on tensor cores: their own instructions; blocks a multiprocessor as they
+were planned for; on Hopper products fed from registers and not waited for one by one, bulk copies,
+and registers that move to those who multiply. Needs cuobjdump, which CUDA's toolkit and Triton's
+wheel have.
 """
 
 from __future__ import annotations
@@ -23,6 +25,15 @@ from typing import Any
 NARROW = ("bn_relu_maxpool_bwd_stem_kernel",)  # 4 bytes a thread: its registers allow no more
 READS_ONLY = ("batch_norm_stats_kernel",)
 ALWAYS_WIDE = ("bn_relu_maxpool_fwd_stem_kernel", "pack_kernel")
+# kernels on tensor cores: the instructions that each must have, by how they begin
+TENSOR_CORES = {
+    "conv_bn_mma_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM", "STG.E.128"),
+    "conv_bn_wgmma_kernel": ("HGMMA.64x", "UTMALDG.2D", "LDSM", "STG.E.128"),
+}
+REGISTERS = 65536  # of a multiprocessor
+MULTIPLIERS = 256  # threads of a block that multiply; kWgmmaThreads has 128 more
+# kCopierRegisters and kMultiplierRegisters, as the machine code writes them
+MOVED = ("USETMAXREG.DEALLOC.CTAPOOL 0x18", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0")
 Row = dict[str, Any]
 
 
@@ -58,22 +69,65 @@ def resources(path: str) -> dict[tuple[str, str], Row]:
     return rows
 
 
-def accesses(path: str, arch: str) -> dict[str, Counter[str]]:
-    """By symbol: instructions of global memory, and spills as the assembler names them."""
-    found: dict[str, Counter[str]] = {}
-    counter: Counter[str] = Counter()
+def instructions(path: str, arch: str) -> dict[str, list[str]]:
+    """By symbol: the machine code, an instruction a line."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in cuobjdump("-sass", "-arch", arch, path).splitlines():
-        if "Function :" in line:
-            counter = found.setdefault(line.split(" : ")[1].strip(), Counter())
-        elif match := re.search(r"\b(LDG|STG)\.E(?:\.\w+)*?(\.128)?\s", line):
+        if match := re.match(r"\s*code for (\w+)", line):  # it takes sm_90a for sm_90 too
+            mine = match[1] == arch
+        elif "Function :" in line:
+            lines = found.setdefault(line.split(" : ")[1].strip(), []) if mine else []
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", line):
+            lines.append(match[1])
+    return found
+
+
+def accesses(lines: list[str]) -> Counter[str]:
+    """Instructions of global memory, and spills as the assembler names them."""
+    counter: Counter[str] = Counter()
+    for line in lines:
+        if match := re.match(r"(LDG|STG)\.E(?:\.\w+)*?(\.128)?\s", line):
             counter[match[1] + (match[2] or "")] += 1
-        elif match := re.search(r"\b(LDL|STL)\b", line):
+        elif match := re.match(r"(LDL|STL)\b", line):
             counter[match[1]] += 1
+    return counter
+
+
+def kind_of(symbol: str) -> str | None:
+    """Which of TENSOR_CORES a kernel is."""
+    return next((name for name in TENSOR_CORES if name in symbol), None)
+
+
+def missing(symbol: str, registers: int, lines: list[str]) -> list[str]:
+    """What a kernel on tensor cores lacks."""
+    kind = kind_of(symbol)
+    if kind is None:
+        return []
+    found = [f"no {i}" for i in TENSOR_CORES[kind] if not any(x.startswith(i) for x in lines)]
+    columns = int(re.search(r"(?:Float16E|NS_8BFloat16E)Li(\d+)E", symbol)[1])  # type: ignore[index]
+    if kind == "conv_bn_mma_kernel":
+        residents = 2 if columns <= 64 and "Statistics" in symbol else 1  # kResidents
+        if registers * MULTIPLIERS * residents > REGISTERS:
+            found.append(f"{registers} registers leave no room for {residents} blocks")
+        return found
+    products = [x for x in lines if x.startswith("HGMMA")]
+    if not all(re.match(rf"HGMMA\.64x{columns}x16\S* R\d+, R\d+, gdesc", x) for x in products):
+        found.append("a product whose first operand is not in registers")
+    waits = sum(x.startswith("WARPGROUP.DEPBAR") for x in lines)
+    if waits >= len(products):
+        found.append(f"{waits} waits for {len(products)} products: one for each")
+    found += [f"no {x}" for x in MOVED if x not in lines]
+    used = 1 + max(int(r) for x in lines for r in re.findall(r"\bR(\d+)\b", x))
+    if columns == 256 and not registers < used <= 240:
+        found.append(f"{used} registers in use, {registers} at launch: none have moved")
     return found
 
 
 def takes_vectors(symbol: str) -> bool:
     """Whether a kernel's accesses are of 16 bytes."""
+    if kind_of(symbol) is not None:
+        return False  # its loads are copies
     if any(name in symbol for name in NARROW):
         return False
     if any(name in symbol for name in ALWAYS_WIDE):
@@ -87,10 +141,11 @@ def table(path: str, archs: list[str]) -> list[Row]:
     used = resources(path)
     rows = []
     for arch in archs:
-        for symbol, count in sorted(accesses(path, arch).items()):
+        for symbol, lines in sorted(instructions(path, arch).items()):
             row = {"arch": arch, "symbol": symbol, **used[arch, symbol]}
-            names = ("LDG.128", "STG.128", "LDL", "STL")
-            rows.append(row | {name: count[name] for name in names})
+            count, names = accesses(lines), ("LDG.128", "STG.128", "LDL", "STL")
+            lacks = missing(symbol, row["registers"], lines)
+            rows.append(row | {name: count[name] for name in names} | {"lacks": lacks})
     return rows
 
 
@@ -104,6 +159,7 @@ def broken(rows: list[Row]) -> list[str]:
         stores = row["STG.128"] or any(name in row["symbol"] for name in READS_ONLY)
         if takes_vectors(row["symbol"]) and not (row["LDG.128"] and stores):
             found.append(f"{where}: {row['LDG.128']} loads, {row['STG.128']} stores of 128 bits")
+        found += [f"{where}: {what}" for what in row["lacks"]]
     return found
 
 
@@ -121,6 +177,8 @@ def main() -> int:
         return 0
     path = str(extension.__file__)
     archs = args.archs or [f"sm_{arch}" for arch in extension.cuda_archs]
+    if extension.wgmma_built and "sm_90a" not in archs and not args.archs:
+        archs.append("sm_90a")
     rows = table(path, archs)
     for row in rows:
         print(

@@ -10,6 +10,7 @@
 // but the sums.
 #include <cmath>
 
+#include "cuda/batch_norm_finish.h"
 #include "cuda/moments.h"
 #include "fusedres/batch_norm.h"
 
@@ -133,6 +134,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 namespace {
 
+template <class Acc>
+cudaError_t finish(const BatchNormFwdParams& p, const Acc* part, const Walk& walk,
+                   cudaStream_t stream, LaunchConfig* config) {
+  const int64_t blocks = ceil_div(p.shape.c, kFinishColumns);
+  *config = {"batch_norm_finish", static_cast<unsigned>(blocks), kThreads,
+             Moments<1, Acc>::kShared};
+  return launch(batch_norm_finish_kernel<Acc>, *config, stream, p, part, walk);
+}
+
 // Stage 1 of the statistics for one dtype and vector width.
 template <class T, int kVector>
 struct Statistics {
@@ -160,10 +170,7 @@ struct Statistics {
       status = launch(kKernel, *config, target.stream, static_cast<const T*>(p.y), part, walk);
       if (status != cudaSuccess) return status;
     }
-    const int64_t blocks = ceil_div(p.shape.c, kFinishColumns);
-    *config = {"batch_norm_finish", static_cast<unsigned>(blocks), kThreads,
-               Moments<1, Acc>::kShared};
-    return launch(batch_norm_finish_kernel<Acc>, *config, target.stream, p, part, walk);
+    return finish(p, const_cast<const Acc*>(part), walk, target.stream, config);
   }
 };
 
@@ -201,6 +208,16 @@ cudaError_t launch_batch_norm_fwd(const BatchNormFwdParams& p, const CudaTarget&
   const DeviceGuard guard(target.device);
   if (guard.status() != cudaSuccess) return guard.status();
   return dispatch_statistics(p, [&](auto statistics) { return statistics.run(p, target, config); });
+}
+
+cudaError_t launch_batch_norm_finish(const BatchNormFwdParams& p, const float* part, int64_t chunks,
+                                     int64_t chunk, cudaStream_t stream, LaunchConfig* config) {
+  Walk walk = {};
+  walk.rows = p.shape.rows();
+  walk.channels = p.shape.c;
+  walk.chunk = chunk;
+  walk.chunks = static_cast<int>(chunks);
+  return finish(p, part, walk, stream, config);
 }
 
 cudaError_t batch_norm_fwd_workspace(const BatchNormFwdParams& p, int device, int64_t* bytes) {
