@@ -13,6 +13,8 @@ from torch import Tensor
 STEM_CHANNELS = 4  # the most that kernels for images take
 BLOCK = 32  # channels and filters of the CPU's products come in so many
 MOST_CHANNELS = 4096  # and no more than so many channels
+TILE = 64  # channels and filters of the products on a GPU's tensor cores come in so many
+MOST_TILED = {"mma": 1024, "wgmma": 2048}  # and no more: what goes with them lies on the chip
 
 
 class Conv(NamedTuple):
@@ -87,6 +89,15 @@ class Conv(NamedTuple):
         filters, channels, height, width = weight
         whole = filters % BLOCK == 0 and channels % BLOCK == 0
         return self.is_pointwise((height, width)) and whole and channels <= MOST_CHANNELS
+
+    def has_tensor_core_kernel(self, weight: torch.Size, product: str) -> bool:
+        """Whether the plan "fused+mma" or "fused+wgmma" takes it: 1x1 of stride 1, channels and
+        filters in tiles.
+        """
+        filters, channels, height, width = weight
+        whole = filters % TILE == 0 and channels % TILE == 0
+        sizes = whole and max(filters, channels) <= MOST_TILED[product]
+        return self.is_pointwise((height, width)) and self.stride == (1, 1) and sizes
 
     def has_stem_kernel(self, in_channels: int) -> bool:
         """Whether kernels for images serve it, whatever its kernel and stride."""

@@ -7,6 +7,9 @@ A plan is written as a word and what is added to it:
 - "fused": one kernel with prologue and epilogue forward, dgrad and wgrad likewise.
     "+masks": what emits keeps ReLU's mask in bits, which dgrad reads in place of the activation.
     "+merged": dgrad and wgrad are one kernel where dw fits on the chip.
+    "+mma", "+wgmma", each without the two above: a 1x1 convolution forward and its dgrad by CUDA
+    C++ of the backend "cuda" rather than by Triton, on tensor cores of compute capability 8.0 and
+    later, or by the instructions that 9.0 alone has.
 - "epilogue": on a materialised activation; statistics in the epilogue forward, mask and sums in
   that of dgrad; wgrad is the library's.
 - "split": light passes around the library's convolutions.
@@ -23,8 +26,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+PRODUCTS = ("mma", "wgmma")  # of the backend "cuda"
 _OPTIONS = {
-    "fused": ("masks", "merged", "compact"),
+    "fused": ("masks", "merged", *PRODUCTS, "compact"),
     "epilogue": ("keep", "compact"),
     "split": ("keep", "compact", "unmasked"),
 }
@@ -36,6 +40,8 @@ class Plan(NamedTuple):
     base: str  # "fused", "epilogue", "split"
     masks: bool = False
     merged: bool = False
+    mma: bool = False
+    wgmma: bool = False
     keep: bool = False
     compact: bool = False
     unmasked: bool = False
@@ -49,6 +55,11 @@ class Plan(NamedTuple):
         """
         return _parsed(text)
 
+    @property
+    def product(self) -> str:
+        """Which of PRODUCTS it is of; "" where of none."""
+        return next((name for name in PRODUCTS if getattr(self, name)), "")
+
     def __str__(self) -> str:
         chosen = (name for name in self._fields[1:] if getattr(self, name))
         return "+".join((self.base, *chosen))
@@ -58,13 +69,19 @@ class Plan(NamedTuple):
 def _parsed(text: str) -> Plan:
     base, *options = text.split("+")
     known = _OPTIONS.get(base, ())
-    if not known or len(set(options)) < len(options) or not set(options) <= set(known):
+    alone = set(options) & set(PRODUCTS)
+    together = bool(alone) and len(set(options) - {"compact"}) > 1
+    unknown = not known or len(set(options)) < len(options) or not set(options) <= set(known)
+    if unknown or together:
         asked = {
             n: [o for o in options if o not in ("compact", "unmasked")]
             for n, options in _OPTIONS.items()
         }
         plans = "; ".join(f"{name!r} and {', '.join(found)}" for name, found in asked.items())
-        raise ValueError(f"plan: got {text!r}, accepted: {plans}, joined by '+'")
+        raise ValueError(
+            f"plan: got {text!r}, accepted: {plans}, joined by '+'; mma and wgmma each without "
+            "another"
+        )
     return Plan(base, **dict.fromkeys(options, True))
 
 
@@ -76,6 +93,14 @@ def base_of(plan: str) -> str:
 def has(plan: str, option: str) -> bool:
     """Whether the option was added to the plan."""
     return option in plan.split("+")[1:]
+
+
+def product_of(plan: str) -> str:
+    """Which of PRODUCTS was added to the plan; "" where none was."""
+    for name in PRODUCTS:
+        if has(plan, name):
+            return name
+    return ""
 
 
 def without(plan: str, option: str) -> str:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fusedres import _plan_table
 from fusedres._conv import Conv
-from fusedres._plans import DATAFLOWS, base_of, is_plan
+from fusedres._plans import DATAFLOWS, base_of, is_plan, product_of
 from fusedres._tensors import INTERPRETED, conv_allows_tf32
 
 # ops that may be fused, maybe by another backend
@@ -69,7 +70,15 @@ BACKENDS = {
             ("fused", "epilogue", "split"),
             TWO_PLANS,
         ),
-        Backend("cuda", "fusedres.native", ("cuda",), _ALL_DTYPES, OPS, ("split",)),
+        Backend(
+            "cuda",
+            "fusedres.native",
+            ("cuda",),
+            _ALL_DTYPES,
+            OPS,
+            ("fused", "split"),  # of these "fused" with one of _plans.PRODUCTS
+            ("conv_bn",),
+        ),
     )
 }
 # fastest first; then "reference". The interpreter is asked for by name only
@@ -77,6 +86,10 @@ _AUTO_ORDER = ("cuda", "cpp") if INTERPRETED else ("cuda", "triton", "cpp")
 NAMES = (*BACKENDS, "auto")
 _TRITON = (3, 6)  # the oldest that compiles the kernels
 _CAPABILITY = (8, 0)  # below, bf16 has no tensor cores
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_WGMMA_CAPABILITY = (9, 0)  # neither older nor newer GPUs have these instructions
+_wgmma_checked: dict[int, str | None] = {}  # by device, what the self-check found
+_wgmma_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -145,14 +158,17 @@ def use_plan(name: str) -> _Scope:
     its prologue and epilogue, where the backend has one: for convolutions of one group. "split",
     which all others take, materialises the activation with one light kernel and calls the library's
     convolution. "epilogue" lies between: a materialised input, statistics and sums in epilogues.
-    These may have options, as in "split+keep"; fusedres/_plans.py explains them.
+    These may have options, as in "split+keep"; fusedres/_plans.py explains them. "fused+mma" and
+    "fused+wgmma" are of the backend "cuda", which runs 1x1 convolutions of stride 1 by them, in
+    fp16 and bf16, whose channels and filters are multiples of 64; all others are split then.
 
     Beside these stand dataflows of a whole network: "fused_1x1", "compact", "masks", "merged_1x1",
     "fused_3x3", "fused_stem", "ideal"; the byte model (`fusedres.bench.roofline`) says what they
     move.
 
     Raises:
-        ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan.
+        ValueError: another name. conv_bn raises RuntimeError where the backend has no such plan,
+            or the GPU cannot run it.
     """
     if not is_plan(name):
         _checked(name, PLANS, "use_plan: name")
@@ -246,13 +262,17 @@ def _triton_not_ready() -> str | None:
 
 @cache
 def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -> Choice:
-    light = ""
-    if backend == "auto":
+    light, product = "", product_of(plan)
+    if product and op != "conv_bn":
+        plan = "split"
+    named = backend != "auto"
+    if not named:
         why = {n: unavailable(n, op, device, dtype) for n in _AUTO_ORDER if op in BACKENDS[n].ops}
         serving = [name for name, reason in why.items() if reason is None]
         light = backend = serving[0] if serving else "reference"
         if op in TWO_PLANS and base_of(plan) != "split":  # `light` runs what is not fused
-            backend = next((n for n in serving if op in BACKENDS[n].fuses), backend)
+            own = [n for n in serving if op in BACKENDS[n].fuses and (n == "cuda") == bool(product)]
+            backend = own[0] if own else backend
         passed_over = list(why)
         if serving and op not in TWO_PLANS:
             passed_over = passed_over[: passed_over.index(light)]
@@ -267,7 +287,14 @@ def _choose(op: str, device: str, dtype: torch.dtype, backend: str, plan: str) -
                 f"{op}: {reason} (asked for by use_backend or FUSEDRES_BACKEND; 'auto' falls back)"
             )
     base = "fused" if plan in DATAFLOWS else base_of(plan)
-    if op == "conv_bn" and base != "auto" and base not in BACKENDS[backend].plans:
+    known = base == "auto" or base in BACKENDS[backend].plans
+    if product:
+        known = backend == "cuda"
+    elif backend == "cuda" and not named:  # its products are asked for by their own names
+        known = base in ("auto", "split")
+    if op == "conv_bn" and not known:
+        if product:
+            reason = unavailable("cuda", op, device, dtype) or reason
         because = f" ({reason})" if reason else ""
         raise RuntimeError(
             f"conv_bn: backend {backend!r} has no {plan!r} plan{because}; use_plan('auto')"
@@ -297,26 +324,155 @@ def plan_of(
     kernel = (weight.size(2), weight.size(3))
     pointwise = conv.is_pointwise(kernel)
     fusable = "conv_bn" in BACKENDS[choice.backend].fuses and conv.has_fused_kernel(kernel)
+    fusable = fusable and choice.backend != "cuda"  # which has products, by their own names
     if fusable and choice.backend == "cpp":
         served = memory_format is torch.channels_last and conv.has_cpu_kernel(weight.shape)
         fusable = served and _cpu_multiplies(dtype)
     if choice.plan == "auto":
-        if not fusable:
-            return "split"
         if choice.backend == "cpp":
-            return "fused"  # nowhere slower
-        known = _measured("plan", dtype, weight, conv, out_shape)
-        if known is not None:
-            return known
-        return _likely_plan(dtype, pointwise)
+            return "fused" if fusable else "split"  # nowhere slower
+        known, _ = _planned(choice, dtype, weight, conv, out_shape, memory_format)
+        if not fusable:
+            return known if known is not None and product_of(known) else "split"
+        return _likely_plan(dtype, pointwise) if known is None else known
     if choice.plan in DATAFLOWS:
         flow = DATAFLOWS[choice.plan]
         plan = flow.pointwise if pointwise else flow.spatial
     else:
         plan = choice.plan
-    if base_of(plan) == "split" or not fusable:
-        return plan if base_of(plan) == "split" else "split"
+    if base_of(plan) == "split":
+        return plan
+    product = product_of(plan) or "mma"
+    if choice.backend == "cuda" and _multiplies(product, dtype, weight, conv, memory_format):
+        _require(product, weight.device.index)
+        return f"fused+{product}"
+    if not fusable:
+        return "split"
     return "fused" if choice.backend == "cpp" else plan  # it has no options
+
+
+def _planned(
+    choice: Choice,
+    dtype: torch.dtype,
+    weight: Tensor,
+    conv: Conv,
+    out_shape: tuple[int, ...] | None,
+    memory_format: torch.memory_format,
+) -> tuple[str | None, str]:
+    """What the table says of one convolution, None where it is silent or names a product that
+    cannot run; and why that cannot, where it is the GPU.
+    """
+    known = _measured("plan", dtype, weight, conv, out_shape)
+    product = "" if known is None else product_of(known)
+    if not product:
+        return known, ""
+    serves = "cuda" in (choice.backend, choice.light)
+    if not serves or not _multiplies(product, dtype, weight, conv, memory_format):
+        return None, ""
+    problem = product_problem(product, weight.device.index)
+    return (known, "") if problem is None else (None, f"{known!r} of the plan table: {problem}")
+
+
+def passed_over(choice: Choice, dtype: torch.dtype, weight: Tensor, conv: Conv) -> str:
+    """Why the table's plan of one convolution does not run, where the GPU cannot; else ""."""
+    if choice.plan != "auto" or choice.backend in ("cpp", "reference"):
+        return ""
+    return _planned(choice, dtype, weight, conv, None, torch.channels_last)[1]
+
+
+def _multiplies(
+    product: str,
+    dtype: torch.dtype,
+    weight: Tensor,
+    conv: Conv,
+    memory_format: torch.memory_format,
+) -> bool:
+    """Whether a product of the backend "cuda" is for this convolution."""
+    stored = dtype in _HALF_TYPES and memory_format is torch.channels_last
+    return stored and conv.has_tensor_core_kernel(weight.shape, product)
+
+
+@torch.compiler.assume_constant_result
+def _require(product: str, index: int | None) -> None:
+    problem = product_problem(product, index)
+    if problem is not None:
+        raise RuntimeError(
+            f"conv_bn: plan 'fused+{product}' cannot run: {problem} (asked for by use_plan or "
+            "use_backend; 'auto' falls back)"
+        )
+
+
+@torch.compiler.assume_constant_result
+def product_problem(product: str, index: int | None) -> str | None:
+    """Why the GPU of this index cannot run the plans with one of _plans.PRODUCTS; None if it can.
+    Without an index it is asked of all GPUs here, of which one is enough.
+    """
+    if product == "wgmma":
+        return wgmma_problem(index)
+    reason = not_ready("cuda")
+    if reason is not None or index is None:
+        return reason
+    return _other_capability(index, torch.cuda.get_device_capability(index) >= _CAPABILITY, "8.0")
+
+
+def wgmma_problem(index: int | None, check: bool = True) -> str | None:
+    """Why plans with "+wgmma" are off on the GPU of this index; None where they are on. Without an
+    index it is asked of all GPUs here, of which one is enough.
+
+    Args:
+        index: of the device.
+        check: run the self-check, which they have to pass first, where that was not done yet in
+            this process.
+    """
+    if index is None:
+        found = [wgmma_problem(i, check) for i in range(torch.cuda.device_count())]
+        if not found:
+            return "no GPU of compute capability 9.0 has been seen here"
+        return None if None in found else found[0]
+    reason = not_ready("cuda")
+    if reason is None:
+        capability = torch.cuda.get_device_capability(index)
+        reason = _other_capability(index, capability == _WGMMA_CAPABILITY, "9.0 and no other")
+    if reason is not None:
+        return reason
+    from fusedres import native
+
+    if not native.require().wgmma_built:
+        return (
+            "fusedres._C was built without code for sm_90a; reinstall with FUSEDRES_CUDA_ARCHS=90"
+        )
+    with _wgmma_lock:
+        if index in _wgmma_checked:
+            return _wgmma_checked[index]
+        if not check:
+            return "its self-check has not run yet; it runs where the plan is first asked for"
+        with torch.cuda.device(index):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            return "its self-check cannot run while a CUDA graph is captured; run once before that"
+        ops = importlib.import_module("fusedres.ops._self_check")  # which stands above
+        _wgmma_checked[index] = ops.problem(torch.device("cuda", index))
+        return _wgmma_checked[index]
+
+
+def wgmma_note(index: int | None) -> str:
+    """In a line, where plans with "+wgmma" stand: on the GPU of this index, or on any of them. It
+    runs no self-check.
+    """
+    reason = wgmma_problem(index, check=False)
+    if reason is None:
+        return (
+            "plan 'fused+wgmma' has passed its self-check: it runs where use_plan or a table says"
+        )
+    return f"plan 'fused+wgmma' is off: {reason}"
+
+
+def _other_capability(index: int, serves: bool, needed: str) -> str | None:
+    if serves:
+        return None
+    found = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    name = torch.cuda.get_device_name(index)
+    return f"{name} has compute capability {found}, the kernels need {needed}"
 
 
 def _measured(
@@ -400,6 +556,8 @@ def way_of(
 ) -> tuple[str, str]:
     """Backend and plan of one convolution with its BatchNorm; the arguments of `plan_of`."""
     plan = plan_of(choice, dtype, weight, conv, out_shape, memory_format)
+    if product_of(plan):
+        return "cuda", plan
     if base_of(plan) != "split":
         return choice.backend, plan
     size = None if out_shape is None else math.prod(out_shape) * dtype.itemsize

@@ -45,6 +45,7 @@ class Info(dict[str, Any]):
             state = "ready" if backend["ready"] else "off"
             note = ", ".join(backend["ops"]) if backend["ready"] else backend["reason"]
             lines.append(f"  {name.ljust(width)}  {state.ljust(5)}  {note}")
+        lines.append(self["wgmma"])
         return "\n".join(lines)
 
 
@@ -56,7 +57,8 @@ def info() -> Info:
         cuda_version, cuda_archs, cpu_levels: the instruction sets of CPU kernels that run here,
         the last of which does), plan_table (entries shipped, of the user, the path of the user's,
         and by device how many were measured and how many modelled), requested_backend, threads,
-        and backends by name, each with ready, reason, ops, devices, dtypes.
+        backends by name, each with ready, reason, ops, devices, dtypes, and wgmma: whether the plan
+        "fused+wgmma" is off, and why.
     """
     extension = native.load()
     devices = _devices()
@@ -83,6 +85,7 @@ def info() -> Info:
         requested_backend=backends.requested_backend(),
         threads=torch.get_num_threads(),
         backends={name: _describe(b) for name, b in backends.BACKENDS.items()},
+        wgmma=backends.wgmma_note(None),
     )
 
 

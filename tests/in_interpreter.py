@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import plain_ops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from triton_launches import dry, model_step, stem_step
 
 import fusedres
 from fusedres import use_backend, use_plan
-from fusedres._conv import Conv
+from fusedres._conv import Conv, Source
 from fusedres._plans import DATAFLOWS
 from fusedres._tensors import INTERPRETED
 from fusedres.models import resnet, stages
@@ -41,6 +42,7 @@ from fusedres.triton_kernels.bn_relu_maxpool import (
     maxpool_dy,
     maxpool_sums,
 )
+from fusedres.triton_kernels.conv_bn import conv_bn_wgrad
 
 assert INTERPRETED, "run by test_triton.py"
 PLANS = ("fused", "split")
@@ -598,6 +600,33 @@ def test_autocast_equals_casts_by_hand(plan: str, monkeypatch: pytest.MonkeyPatc
 
 
 # --- direct calls ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("kind", ["plain", "deferred", "residual"])
+def test_wgrad_of_a_dy_that_is_there(kind: str, kernel: int) -> None:
+    """As the backend "cuda" has it, whose dgrad writes dy; in the parameter's dtype and strides."""
+    make = Maker(torch.float32, CHANNELS_LAST)
+    x, r = (make.activation(2, 16, 5, 7, grad=False) for _ in range(2))
+    v = [torch.rand(16) for _ in range(3)]
+    source = Source(x, *v, r if kind == "residual" else None, None, None, None, True)
+    source = Source.plain(x) if kind == "plain" else source
+    a = x if kind == "plain" else plain_ops.bn_act_fwd(*source)
+    dy = make.activation(2, 24, 5, 7, grad=False)
+    parameter = make.weight(24, 16, kernel, kernel).detach().double().contiguous()
+    conv = Conv((1, 1), (kernel // 2,) * 4, (1, 1), 1)
+    dw = conv_bn_wgrad(source, dy, parameter.float(), parameter, conv)
+    leaf = parameter.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(
+        F.conv2d(a.double(), leaf, None, 1, kernel // 2), leaf, dy.double()
+    )
+    assert dw.dtype == torch.float64 and dw.stride() == parameter.stride()
+    torch.testing.assert_close(dw, truth, rtol=1e-4, atol=1e-4)
+    for wrong in (dy[:1], dy.double(), dy.contiguous()):
+        with pytest.raises(ValueError, match="conv_bn_wgrad: dy must be"):
+            conv_bn_wgrad(source, wrong, parameter.float(), parameter, conv)
+    with pytest.raises(ValueError, match="conv_bn_wgrad: parameter must have"):
+        conv_bn_wgrad(source, dy, parameter.float(), parameter[:8], conv)
 
 
 def test_direct_calls_of_the_fused_plan_end_in_a_value_error() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedres import _plan_table, use_backend
+from fusedres import _plan_table, backends, use_backend
 from fusedres.bench import convolutions, harness, light, measure, sweep
 from fusedres.bench import rows as results
 from fusedres.bench.convolutions import Site, Tuned, kernels_of, plans_of
@@ -441,7 +441,7 @@ def test_layers_come_batch_by_batch_and_the_largest_share_first() -> None:
 # --- what a layer offers --------------------------------------------------------------------------
 
 
-def test_plans_and_kernels_of_a_layer() -> None:
+def test_plans_and_kernels_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     by_name = {layer.name: layer for layer in layers()}
     pointwise, spatial = by_name["layer1.0.conv3"], by_name["layer1.0.conv2"]
     assert plans_of(pointwise, "triton") == ("fused", "split", "fused+merged")
@@ -453,6 +453,18 @@ def test_plans_and_kernels_of_a_layer() -> None:
     assert kernels_of(pointwise, "triton") == (*KERNELS, Tuned("bwd", "fused+merged", "bwd"))
     assert kernels_of(spatial, "triton") == (*KERNELS, Tuned("fwd_plain", "epilogue", "fwd"))
     assert kernels_of(pointwise, "cuda") == ()
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    for runs in ((), ("mma",), ("mma", "wgmma")):
+        monkeypatch.setattr(
+            backends, "product_problem", lambda p, _, runs=runs: None if p in runs else "off here"
+        )
+        products = (*(f"fused+{product}" for product in runs), "split")
+        assert plans_of(pointwise, "cuda", half, gpu) == products
+        assert all(map(_plan_table.is_plan, products))
+        strided = by_name["layer2.0.downsample.0"]
+        for layer, dtype in ((spatial, half), (strided, half), (pointwise, torch.float32)):
+            assert plans_of(layer, "cuda", dtype, gpu) == ("split",)
+        assert plans_of(pointwise, "cuda", half, CPU) == ("split",)
     for layer in by_name.values():  # what is swept is timed in a plan and a direction that exist
         site = Site(layer, 2, torch.bfloat16, CPU)
         for kernel in kernels_of(layer, "triton"):

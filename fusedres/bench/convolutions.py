@@ -25,7 +25,7 @@ from torch import Tensor
 from fusedres import backends
 from fusedres._conv import Conv
 from fusedres._plan_table import Shape
-from fusedres._plans import has
+from fusedres._plans import PRODUCTS, has
 from fusedres._tensors import stat_dtype
 from fusedres.bench import roofline
 from fusedres.bench.light import norm_gradient, sums_of
@@ -36,6 +36,7 @@ from fusedres.bench.roofline import Layer
 aten = torch.ops.aten
 DIRECTIONS = ("fwd", "dgrad", "wgrad", "bwd")
 EPS = 1e-5
+HALF_TYPES = (torch.float16, torch.bfloat16)
 Results = list[Tensor]
 
 
@@ -67,16 +68,28 @@ def conv_of(layer: Layer) -> Conv:
     return Conv((layer.stride, layer.stride), (padding,) * 4, (1, 1), 1)
 
 
-def plans_of(layer: Layer, backend: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+def plans_of(
+    layer: Layer,
+    backend: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[str, ...]:
     """The plans of a backend that are worth timing for a layer (in a dtype; None: any); none that
-    holds more memory.
+    holds more memory, and none that the device cannot run (None: those that any device runs).
     """
     kernel = (layer.kernel, layer.kernel)
     fuses = "conv_bn" in backends.BACKENDS[backend].fuses
     if not fuses or not conv_of(layer).has_fused_kernel(kernel):
         return ("split",)
+    shape = torch.Size((layer.out_channels, layer.in_channels, *kernel))
+    if backend == "cuda":
+        found = []
+        if dtype in HALF_TYPES and device is not None and device.type == "cuda":
+            index, conv = device.index or 0, conv_of(layer)
+            mine = [p for p in PRODUCTS if conv.has_tensor_core_kernel(shape, p)]
+            found = [p for p in mine if backends.product_problem(p, index) is None]
+        return *(f"fused+{product}" for product in found), "split"
     if backend == "cpp":
-        shape = torch.Size((layer.out_channels, layer.in_channels, *kernel))
         multiplies = backends.kernels("cpp", "conv_bn").multiplies
         served = conv_of(layer).has_cpu_kernel(shape) and (dtype is None or multiplies(dtype))
         return ("fused", "split") if served else ("split",)
@@ -177,7 +190,7 @@ class Site:
         candidates = [
             Candidate(f"fusedres-{backend}", partial(ours, backend, plan), backend, plan)
             for backend in own_backends("conv_bn", self.device, self.dtype)
-            for plan in plans_of(layer, backend, self.dtype)
+            for plan in plans_of(layer, backend, self.dtype, self.device)
         ]
         candidates.append(Candidate("eager", eager, note="BatchNorm, add, ReLU, convolution"))
         library = partial(self._library, direction)

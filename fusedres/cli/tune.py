@@ -259,7 +259,7 @@ def sites_of(
     names = own_backends("conv_bn", device, dtype)
     for batch in batches:
         for layer, count in roofline.distinct(roofline.layers()):
-            plans = {plan for name in names for plan in plans_of(layer, name)}
+            plans = {plan for name in names for plan in plans_of(layer, name, dtype, device)}
             if len(plans) > 1 or any(kernels_of(layer, name) for name in names):
                 found.append((Site(layer, batch, dtype, device), count))
     return found

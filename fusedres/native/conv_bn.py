@@ -1,5 +1,6 @@
 """Convolutions with the BatchNorm behind them, and what their input is computed from (csrc/cpu/
-conv_bn_fwd.cpp, conv_bn_bwd.cpp, conv_bn_wgrad.cpp): 1x1 whole, of others the weight gradient.
+conv_bn_fwd.cpp, conv_bn_bwd.cpp, conv_bn_wgrad.cpp): 1x1 whole, of others the weight gradient. On a
+GPU 1x1 forward and dgrad (_tensor_cores).
 """
 
 from __future__ import annotations
@@ -7,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres._checks import check_dense, check_norm, check_reach, described
+from fusedres._checks import check_dense, check_norm, described
 from fusedres._conv import Conv, Source, Upstream, output_shape
 from fusedres._plans import Plan
 from fusedres._tensors import elements_per_channel, memory_format_of, stored_format
-from fusedres.native import require
+from fusedres.native import _tensor_cores, require
 from fusedres.native._args import (
     check,
     head,
@@ -21,6 +22,8 @@ from fusedres.native._args import (
     vectors,
     workspace,
 )
+from fusedres.native._conv_args import check_source, filters_of
+from fusedres.native._tensor_cores import conv_bn_dgrad as conv_bn_dgrad
 from fusedres.native.batch_norm import (
     Forward,
     GradientVectors,
@@ -61,12 +64,17 @@ def conv_bn_fwd(
     training: bool,
     momentum: float | Tensor,
     eps: float,
+    *,
+    product: str = "",  # on a GPU one of _plans.PRODUCTS
 ) -> tuple[Tensor, Statistics, Tensor | None, None]:
     """y [N, K, OH, OW]; mean, biased var, rstd, scale and bias [K] each; the activation if emit."""
     op = "conv_bn_fwd"
-    stored = _check(op, source, weight, conv)
     if masks:
         raise ValueError(f"{op}: keeps no masks in bits")
+    if product:
+        given = (bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+        return _tensor_cores.conv_bn_fwd(source, weight, conv, emit, *given, product)
+    stored = _check(op, source, weight, conv)
     if emit and source.mean is not None and conv.stride != (1, 1):
         raise ValueError(f"{op}: a stride of {conv.stride} cannot emit what it does not read")
     x, *vectors_of, relu = _sampled(source, conv.stride)
@@ -214,16 +222,8 @@ def _spread(g_in: Tensor, stride: tuple[int, int], x: Tensor, grad_a: Tensor | N
 
 def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> Tensor:
     """Source and weight, which is returned in [K, C] without gaps."""
-    x, mean, scale, bias, residual, res_mean, res_scale, res_bias, _ = source
-    own = {"mean": mean, "scale": scale, "bias": bias}
-    joined = {"res_mean": res_mean, "res_scale": res_scale, "res_bias": res_bias}
-    given = {n: v for n, v in own.items() if v is not None}  # of a Tensor there are none
-    check(op, x, {"residual": residual}, given | joined, name="x")
-    if len(given) not in (0, 3) or (mean is None and residual is not None):
-        raise ValueError(f"{op}: mean, scale and bias come together, a residual only with them")
-    together = {v is None for v in joined.values()}
-    if len(together) > 1 or (res_mean is not None and residual is None):
-        raise ValueError(f"{op}: res_mean, res_scale and res_bias come together, with a residual")
+    check_source(op, source)
+    x = source.x
     ranked = isinstance(weight, Tensor) and weight.dim() == 4 and weight.size(1) == x.size(1)
     if (
         not ranked
@@ -234,11 +234,7 @@ def _check(op: str, source: Source, weight: Tensor, conv: Conv) -> Tensor:
         or not multiplies(x.dtype)
     ):
         raise ValueError(f"{op}: no kernel for x {described(x)} and weight {described(weight)}")
-    check_reach(op, weight=weight)
-    weight = weight.detach().resolve_neg()
-    if weight.stride()[:2] == (x.size(1), 1):
-        return weight
-    return weight.reshape(weight.shape[:2]).contiguous()
+    return filters_of(op, weight)
 
 
 def serves_wgrad(source: Source, weight: Tensor, conv: Conv) -> bool:

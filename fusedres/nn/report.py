@@ -31,7 +31,13 @@ class Row:
 
 
 class Report(list[Row]):
-    """Rows of `report`; printing it gives the table."""
+    """Rows of `report`; printing it gives the table.
+
+    Attributes:
+        note: what is to be said of the model as a whole; "" where nothing is.
+    """
+
+    note = ""
 
     def __str__(self) -> str:
         header = Row("layer", "runs", "backend", "plan", "why not faster")
@@ -42,7 +48,8 @@ class Report(list[Row]):
             for row in table
         ]
         fused = sum(r.runs == "fused" for r in self)
-        return "\n".join([*lines, f"{fused} of {len(self)} layers fused"])
+        lines.append(f"{fused} of {len(self)} layers fused")
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def _way(
@@ -61,7 +68,8 @@ def report(model: nn.Module) -> Report:
         model: any module. Its convolutions are listed: those of fused blocks, then the others.
 
     Returns:
-        A printable list of rows (name, "fused" or "plain", backend, plan, reason).
+        A printable list of rows (name, "fused" or "plain", backend, plan, reason), and a note where
+        a plan that some of them could take is off.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -102,7 +110,12 @@ def report(model: nn.Module) -> Report:
             assert isinstance(conv, nn.Conv2d)  # else there is a reason
             backend, plan = _way(op, choice, conv, weight, dtype)
             runs = "plain" if backend == "reference" else "fused"
-            why = "; ".join(filter(None, (choice.reason, border.get(path))))
+            why = choice.reason
+            if op == "conv_bn" and geometry(conv).has_tensor_core_kernel(weight.shape, "wgmma"):
+                passed = backends.passed_over(choice, dtype, weight, geometry(conv))
+                why = "; ".join(filter(None, (why, passed)))
+                rows.note = backends.wgmma_note(weight.device.index)
+            why = "; ".join(filter(None, (why, border.get(path))))
             rows.append(Row(name, runs, backend, plan, why))
     left = (row for row in unfused(model) if row[0] not in frozen)
     rows += [Row(path, "plain", "torch", "-", why) for path, _, why in left]

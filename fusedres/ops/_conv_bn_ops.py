@@ -113,9 +113,13 @@ def fwd(*args: Any) -> tuple[Tensor, ...]:
     norm, plan = normalization(*o[1:9]), Plan.of(o.plan)
     source, conv, weight = operands.source, operands.conv, operands.cast_weight(o.backend, plan)
     a = bits = None
+    product = _product(o.backend, plan)
+    if product and source.x.numel() == 0:
+        plan = Plan("split")
     if plan.base == "fused":
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_fwd
-        y, statistics, a, bits = kernel(source, weight, conv, o.emit, plan.masks, *norm)
+        more = {"product": product} if product else {}
+        y, statistics, a, bits = kernel(source, weight, conv, o.emit, plan.masks, *norm, **more)
     else:
         a = split.materialise(backends.kernels(o.backend, "bn_act"), source)
         if plan.base == "epilogue":
@@ -158,7 +162,12 @@ def bwd(*args: Any) -> tuple[Tensor, ...]:
     needs = (o.need_input, o.need_weight)
     types = (o.bn_weight_dtype, o.bn_bias_dtype)
     outputs: tuple[Tensor | None, ...]
-    if plan.base == "fused":
+    product = _product(o.backend, plan)
+    if product and source.x.numel() == 0:
+        outputs = _library_bwd(operands, weight, up, o, Plan("split", compact=plan.compact))
+    elif product:
+        outputs = _product_bwd(operands, weight, up, o, product)
+    elif plan.base == "fused":
         kernel = backends.kernels(o.backend, "conv_bn").conv_bn_bwd
         outputs = kernel(
             source, weight, operands.weight, conv, o.a, o.bits, up, o.grad_a, plan, *needs, *types
@@ -166,6 +175,44 @@ def bwd(*args: Any) -> tuple[Tensor, ...]:
     else:
         outputs = _library_bwd(operands, weight, up, o, plan)
     return tuple(o.g.new_empty(0) if t is None else t for t in outputs)
+
+
+def _product(backend: str, plan: Plan) -> str:
+    """By which of _plans.PRODUCTS the backend "cuda" runs it; "" where it does not."""
+    product = plan.product or ("mma" if (backend, plan.base) == ("cuda", "fused") else "")
+    if product and backend != "cuda":
+        raise ValueError(f"conv_bn: backend {backend!r} has no plan {str(plan)!r}")
+    return product
+
+
+def _product_bwd(
+    operands: _Operands, weight: Tensor, up: Upstream, o: _Backward, product: str
+) -> tuple[Tensor | None, ...]:
+    """dgrad by the backend "cuda", wgrad by Triton or the library."""
+    source, conv, a = operands.source, operands.conv, o.a
+    light, types = backends.kernels("cuda", "bn_act"), (o.bn_weight_dtype, o.bn_bias_dtype)
+    if a is None and source.residual is not None:
+        a = split.materialise(light, source)
+    g_in = sums = res_sums = dw = None
+    if o.need_input:
+        kernel = backends.kernels("cuda", "conv_bn").conv_bn_dgrad
+        found = kernel(source, weight, conv, a, up, o.grad_a, product, o.need_weight, *types)
+        g_in, sums, res_sums, dy, *gradients = found
+    else:
+        own = (up.y, up.mean, up.scale, up.rstd, up.sums, up.training)
+        apply = backends.kernels("cuda", "batch_norm").batch_norm_bwd
+        dy, *gradients = apply(up.g, *own, *types, mask_bias=up.bias)
+    if o.need_weight:
+        ready, x = source if a is None else Source.plain(a), source.x
+        if backends.unavailable("triton", "conv_bn", x.device.type, x.dtype) is None:
+            wgrad = backends.kernels("triton", "conv_bn").conv_bn_wgrad
+            dw = wgrad(ready, dy, weight, operands.weight, conv)
+        else:
+            a = split.materialise(light, ready)
+            _, library_dw = split.convolution_backward(dy, a, weight, conv, False, True)
+            assert library_dw is not None
+            dw = split.stored_as(library_dw, operands.weight)
+    return g_in, sums, res_sums, dw, *gradients
 
 
 def _library_bwd(

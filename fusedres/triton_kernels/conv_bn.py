@@ -135,6 +135,29 @@ def conv_bn_dgrad(
     return found.g_in, in_sums, res_sums
 
 
+def conv_bn_wgrad(
+    source: Source,  # x [N, C, H, W]
+    dy: Tensor,  # [N, K, OH, OW]
+    weight: Tensor,  # [K, C, R, S] in x's dtype
+    parameter: Tensor,  # the weight as it is stored: dw takes its dtype and strides
+    conv: Conv,
+) -> Tensor:
+    """dw, of a dy that is there."""
+    op = "conv_bn_wgrad"
+    _check(op, source, weight, conv)
+    if parameter.shape != weight.shape:
+        raise ValueError(
+            f"{op}: parameter must have shape {list(weight.shape)}, got {described(parameter)}"
+        )
+    shape = output_shape(source.x.shape, weight.shape, conv)
+    check_dense(op, "dy", dy, shape, source.x, torch.channels_last)
+    part = _launches(source, weight, conv).wgrad(source, dy, weight, conv)
+    unread = (part, part, None, None)  # sums and rstd, of a dweight and dbias that nobody wants
+    _, _, dw, *_ = finish(source.x, None, 0, part, weight, parameter, *unread)
+    assert dw is not None
+    return dw
+
+
 def finish(
     x: Tensor,  # [N, C, H, W]
     found: Dgrad | None,
