@@ -59,6 +59,7 @@ def workload(device: str) -> int:
                 # one pixel or one channel: both layouts are one
                 ran += sum(1 for _ in ops(device, dtype, shape, layout, turn))
     for dtype in (torch.bfloat16, torch.float16):
+        ran += sum(1 for _ in products(device, dtype))
         sizes = [(7, 3, 7, 7), (5, 3, 1, 1), (16, 24, 3, 3), (1, 1, 1, 1), (33, 8, 1, 1)] * 20
         weights = [torch.randn(s) for s in sizes]
         for i, w in enumerate(weights):
@@ -159,6 +160,54 @@ def ops(
     out = add_relu.add_relu_fwd(*odd)
     looked_at(out, add_relu.add_relu_bwd(odd[0], out))
     yield
+
+
+def products(device: str, dtype: object) -> Iterator[None]:
+    """conv_bn forward and dgrad by every product that the device has: a Tensor, a Deferred, one
+    with a residual; rows that fill no tile and several, one piece of columns and several.
+    """
+    import torch
+
+    from fusedres import backends
+    from fusedres._conv import Conv, Source, Upstream
+    from fusedres._plans import PRODUCTS
+    from fusedres.native import conv_bn
+
+    assert isinstance(dtype, torch.dtype)
+    conv = Conv((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    index = 0 if device == "cuda" else None
+
+    def full(n: int, c: int, height: int, width: int) -> torch.Tensor:
+        values = torch.randn(n, c, height, width).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last).to(device)
+
+    def vector(c: int, low: float = -0.5) -> torch.Tensor:
+        return (torch.rand(c) + low).to(device)
+
+    for product in PRODUCTS:
+        if backends.product_problem(product, index) is not None:
+            continue
+        for n, channels, filters in ((1, 64, 64), (3, 128, 192), (5, 64, 512)):
+            x, w = full(n, channels, 11, 13), full(filters, channels, 1, 1)
+            affine = (vector(channels), vector(channels, 0.5), vector(channels))
+            up = Upstream(
+                full(n, filters, 11, 13), torch.rand(2, filters).to(device),
+                full(n, filters, 11, 13), vector(filters), vector(filters, 0.5),
+                vector(filters, 0.5), vector(filters), True,
+            )  # fmt: skip
+            for kind in range(3):
+                residual = (x, *affine) if kind == 2 else (None,) * 4
+                source = Source(x, *affine, *residual, True) if kind else Source.plain(x)
+                norm = (None, None, vector(filters), vector(filters, 0.5), True, 0.1, 1e-5)
+                y, found, a, _ = conv_bn.conv_bn_fwd(
+                    source, w, conv, kind > 0, False, *norm, product=product
+                )
+                back = conv_bn.conv_bn_dgrad(
+                    source, w, conv, a, up, x, product, True, torch.float32, None
+                )
+                for result in (y, a, *found, *back):
+                    assert result is None or not result.cpu().isnan().any()
+                yield
 
 
 # --- the tools ------------------------------------------------------------------------------------

@@ -143,6 +143,12 @@ class Setting:
             filters=64,
         )  # fmt: skip
 
+    def in_tiles(self) -> Setting:
+        """A 1x1 convolution of channels in tiles, as a GPU's tensor cores multiply them."""
+        s = self.in_blocks()
+        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+        return replace(s, dtype=dtype, shape=(s.shape[0], 64, *s.shape[2:]))
+
     def trains_on(self, shape: Sequence[int]) -> bool:
         """One value per channel cannot."""
         return self.training and shape[0] * shape[2] * shape[3] != 1

@@ -36,10 +36,10 @@ from fusedres.testing import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = serving_backends()
 PROTOCOL = [b for b in BACKENDS if b != "reference"]  # those whose gradients run through sums
-# plans with options, and what lies between these two: test_conv_bn_plans; "fused" of cpp, which is
-# for blocks of channels: test_conv_bn_pointwise
+# plans with options, and what lies between these two: test_conv_bn_plans; "fused" of cpp and cuda,
+# which is for blocks of channels: test_conv_bn_pointwise, test_conv_bn_tensor_core
 WAYS = [(b, p) for b in BACKENDS for p in ("fused", "split") if p in registry.BACKENDS[b].plans]
-WAYS = [way for way in WAYS if way != ("cpp", "fused")]
+WAYS = [way for way in WAYS if way not in (("cpp", "fused"), ("cuda", "fused"))]
 PROTOCOL_WAYS = [(b, plan) for b, plan in WAYS if b != "reference"]
 
 

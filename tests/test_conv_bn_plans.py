@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 import fusedres
 from fusedres import Deferred, use_backend, use_plan
 from fusedres import backends as registry
-from fusedres._plans import DATAFLOWS, Plan, base_of, has, is_plan, without
+from fusedres._plans import DATAFLOWS, Plan, base_of, has, is_plan, product_of, without
 from fusedres.deferred import Sampled
 from fusedres.ops import batch_norm, conv_bn
 from fusedres.testing import (
@@ -33,7 +33,8 @@ from fusedres.testing import (
 )
 
 OPTIONED = ("split+keep", "fused+masks", "fused+merged", "epilogue", "epilogue+keep")
-FUSING = [b for b in PROTOCOL if "fused" in registry.BACKENDS[b].plans and b != "cpp"]
+# that of cpp and cuda is for blocks of channels: test_conv_bn_pointwise, test_conv_bn_tensor_core
+FUSING = [b for b in PROTOCOL if "fused" in registry.BACKENDS[b].plans and b not in ("cpp", "cuda")]
 WAYS = [(b, p) for b in PROTOCOL for p in OPTIONED if base_of(p) == "split" or b in FUSING]
 MASKING = [b for b in PROTOCOL if b in ("cuda", "triton")]
 
@@ -363,16 +364,23 @@ def test_wrong_bits_and_gradients_end_in_a_value_error(backend: str) -> None:
 
 
 def test_plans_are_written_as_they_are_read() -> None:
-    for text in ("fused", "split+keep+unmasked", "fused+masks+merged+compact", "epilogue+keep"):
+    texts = ("fused", "split+keep+unmasked", "fused+masks+merged+compact", "epilogue+keep")
+    for text in (*texts, "fused+mma", "fused+wgmma", "fused+wgmma+compact"):
         assert str(Plan.of(text)) == text
         asked_for = "unmasked" not in text and "compact" not in text
         assert is_plan(text) == asked_for  # the others are for ops to add
     assert Plan.of("fused+merged+masks") == Plan.of("fused+masks+merged")
     assert has("split+keep", "keep") and not has("split", "keep") and not has("keep", "keep")
     assert without("split+keep+compact", "keep") == "split+compact"
-    for text in ("", "keep", "fused+", "fused+keep", "split+masks", "split+keep+keep", "Fused"):
+    for text, product in (("fused+mma", "mma"), ("fused+wgmma+compact", "wgmma"), ("fused", "")):
+        assert product_of(text) == Plan.of(text).product == product
+    assert without("fused+wgmma+compact", "mma") == "fused+wgmma+compact"
+    wrong = ("", "keep", "fused+", "fused+keep", "split+masks", "split+keep+keep", "Fused")
+    wrong += ("split+mma", "epilogue+wgmma", "fused+mma+wgmma", "fused+mma+masks", "mma")
+    for text in (*wrong, "fused+merged+wgmma", "fused+mma+mma"):
         assert not is_plan(text)
-        with pytest.raises(ValueError, match=r"plan: got .*, accepted: 'fused' and masks"):
+        accepted = "'fused' and masks, merged, mma, wgmma; .* mma and wgmma each without another"
+        with pytest.raises(ValueError, match=rf"plan: got .*, accepted: {accepted}"):
             Plan.of(text)
     assert not is_plan(3)
 

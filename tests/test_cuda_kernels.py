@@ -28,11 +28,17 @@ PASSES = "bn_act or follow_from_y"
 SUITES = {  # a name: the file, and what of it
     "in_emulator, activations": ("in_emulator", PASSES),
     "in_emulator, the rest": ("in_emulator", f"not ({PASSES})"),
+    "conv_bn_tensor_core": ("test_conv_bn_tensor_core", "three_way or rings"),
 }
+MMA = "rings and mma and not wgmma"
 SLOW = {
     "test_fuzz": ("test_fuzz", "cuda"),
     "test_fuzz_public": ("test_fuzz_public", "cuda"),
     "test_threads": ("test_threads", "cuda"),
+    "test_conv_bn_tensor_core": ("test_conv_bn_tensor_core", "not three_way and not rings"),
+    # other rings, and blocks beside each other: on one multiprocessor of little memory, and on many
+    "conv_bn_tensor_core, 99 KB": ("test_conv_bn_tensor_core", MMA, f"1 1 {99 << 10}"),
+    "conv_bn_tensor_core, wide": ("test_conv_bn_tensor_core", "rings", f"132 1 {227 << 10}"),
     "test_cuda_gpu": ("test_cuda_gpu", ""),  # what of it needs no device
     "test_conv_bn": ("test_conv_bn", "cuda and not gradcheck and not nchw"),
     "test_conv_bn_plans": ("test_conv_bn_plans", "cuda"),
@@ -84,10 +90,11 @@ def suites(
         }
     )
 
-    def run(file: str, select: str) -> Run:
+    def run(file: str, select: str, limits: str = "") -> Run:
         command = [sys.executable, "-P", "-m", "pytest", str(TESTS / f"{file}.py"), "-q"]
         command += ["-p", "emulated", "-p", "no:cacheprovider", "-k", select, "-m", "not gpu"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
+        device = environment | ({"FUSEDRES_EMULATED_LIMITS": limits} if limits else {})
+        return subprocess.run(command, env=device, capture_output=True, text=True, cwd=TESTS)
 
     selected = {item.name for item in request.session.items}
     wanted = {n for n in SUITES | SLOW if f"test_in_the_emulator[{n}]" in selected}
@@ -145,7 +152,7 @@ def test_every_kernel_that_ships_has_run(
 def test_sources_keep_to_the_words_of_device_h(path: Path) -> None:
     code = re.sub(r"//.*", "", path.read_text())
     assert "<<<" not in code
-    assert "__shared__" not in code.replace("extern __shared__ __align__(16)", "", 1)
+    assert "__shared__" not in code.replace("extern __shared__ __align__(1024)", "", 1)
     code = re.sub(r"__launch_bounds__\([^)]*\)", "", code)
     names = re.findall(r"__global__\s+void\s+(\w+)\(", code)
     assert all(name.endswith("_kernel") for name in names), names

@@ -20,6 +20,7 @@ from fuzzing import SETTINGS, Call, Plan, Setting, run, same, setting
 from torch import Tensor
 
 from fusedres import backends
+from fusedres._plans import PRODUCTS
 from fusedres.testing import FLOOR
 
 BACKENDS = [
@@ -32,6 +33,7 @@ QUICK = {"cpp": 6_000, "cuda": 6_000, "triton": 800}
 FULL = 50_000
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="the extension is not built")
 
+KNOWN = ("fused", "split", *(f"fused+{product}" for product in PRODUCTS))
 Arguments = list[tuple[str, str, Any]]  # name, role, value
 
 
@@ -143,6 +145,8 @@ def _way(s: Setting, name: str) -> Arguments:
         and backends.kernels("cpp", "conv_bn").multiplies(s.dtype)
         and s.seed % 4 > 0
     )
+    if s.conv.has_tensor_core_kernel(s.weight(12).shape, "mma"):  # a setting in tiles
+        return [("plan", "plan", f"fused+{PRODUCTS[s.seed % 2]}")]
     return [("plan", "plan", "fused" if fused else "split")]
 
 
@@ -237,13 +241,22 @@ REGISTERED: dict[str, Callable[[Setting], Arguments]] = {
 WITH_PLAN = [name for name in REGISTERED if name.startswith("conv_")]
 NAMES = [f"native.{n}" for n in NATIVE] + [f"ops.{n}" for n in REGISTERED]
 IN_BLOCKS = " in blocks"  # such calls have kernels of their own on the CPU
-CPU_NAMES = [f"ops.{n}{IN_BLOCKS}" for n in ("conv_bn_fwd", "conv_bn_bwd")]
+IN_TILES = " in tiles"  # and such calls on a GPU
+IN_PARTS = {
+    backend: [f"ops.{name}{how}" for name in ("conv_bn_fwd", "conv_bn_bwd")]
+    for backend, how in (("cpp", IN_BLOCKS), ("cuda", IN_TILES))
+}
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(IN_BLOCKS).removesuffix(IN_TILES)
 
 
 def call_of(name: str, backend: str, s: Setting) -> Call:
     """A right call."""
     s = s.in_blocks() if name.endswith(IN_BLOCKS) else s
-    where, _, name = name.removesuffix(IN_BLOCKS).partition(".")
+    s = s.in_tiles() if name.endswith(IN_TILES) else s
+    where, _, name = _plain(name).partition(".")
     if where == "native":
         op, build = NATIVE[name]
         arguments, function = build(s), getattr(backends.kernels(backend, op), name)
@@ -262,7 +275,7 @@ def call_of(name: str, backend: str, s: Setting) -> Call:
 
 def expected(name: str, call: Call) -> tuple[Tensor | None, ...] | None:
     """By plain torch; None where it has no such way of running."""
-    where, _, name = name.removesuffix(IN_BLOCKS).partition(".")
+    where, _, name = _plain(name).partition(".")
     for n, v in call.arguments.items():
         if call.roles[n] == "bool" and isinstance(v, Tensor) and v.numel() > 1:
             return None  # neither true nor false, and of no use where it is not asked
@@ -280,7 +293,7 @@ def expected(name: str, call: Call) -> tuple[Tensor | None, ...] | None:
             arguments[n] = torch.zeros(v.shape, dtype=v.dtype)
     values = list(arguments.values())
     if where == "ops" and name in WITH_PLAN:
-        known = arguments["plan"] in ("fused", "split") and not arguments.get("need_winners")
+        known = arguments["plan"] in KNOWN and not arguments.get("need_winners")
         return getattr(plain_ops, name)(*values) if known else None
     if where == "ops":
         values = values[:-1]  # the backend
@@ -354,7 +367,7 @@ def made(name: str, backend: str, plan: Plan) -> tuple[Call, Setting]:
     return call_of(name, backend, s).replace(plan.replaced), s
 
 
-CALLS = [(n, b) for b in BACKENDS for n in (*NAMES, *(CPU_NAMES if b == "cpp" else ()))]
+CALLS = [(n, b) for b in BACKENDS for n in (*NAMES, *IN_PARTS.get(b, ()))]
 
 
 def amounts(backend: str) -> list[tuple[str, Any]]:
