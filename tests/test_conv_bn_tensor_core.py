@@ -181,6 +181,8 @@ def ring_runs() -> Iterator[Run]:
     ):
         yield Run(Case(sized(rows, channels), filters), dtype)
         yield Run(Case(sized(rows, channels), filters, "normalised", emit=True), dtype)
+    for dtype, filters in itertools.product(HALF_TYPES, (64, 128, 256)):  # a kernel each
+        yield Run(Case(sized(129, 64), filters, deferred=False), dtype)
 
 
 @pytest.mark.parametrize("run", list(ring_runs()), ids=str)

@@ -25,9 +25,10 @@ CSRC = TESTS.parent / "csrc"
 # in_emulator has every kernel at every size; the others, marked slow, show that ops, gradients and
 # blocks hold on them. fp64 against plain PyTorch to 1e-10 says all that gradcheck would.
 PASSES = "bn_act or follow_from_y"
-SUITES = {  # a name: the file, and what of it
-    "in_emulator, activations": ("in_emulator", PASSES),
-    "in_emulator, the rest": ("in_emulator", f"not ({PASSES})"),
+SMALL = f"3 1 {48 << 10}"  # multiprocessors, blocks of each, bytes of shared memory: few fit
+SUITES = {  # a name: the file, what of it, and maybe another device than the emulator's own
+    "in_emulator, activations": ("in_emulator", PASSES, SMALL),
+    "in_emulator, the rest": ("in_emulator", f"not ({PASSES})", SMALL),
     "conv_bn_tensor_core": ("test_conv_bn_tensor_core", "three_way or rings"),
 }
 MMA = "rings and mma and not wgmma"
