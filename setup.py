@@ -11,6 +11,7 @@ CXX                  the C++ compiler
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,7 +75,10 @@ class NinjaBuild(build_ext):
             newest = sorted((a for a in archs if a.isdigit()), key=int)[-1:]
             codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in newest]
             cuda += ["-DFUSEDRES_WITH_CUDA", "-lineinfo" if DEBUG else ""]
-            if {"90", "90a"} & set(archs):  # Hopper's own instructions are an architecture apart
+            # Hopper's own instructions are an architecture apart, for toolkits from 12.5 on
+            release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+            recent = release is not None and tuple(map(int, release.groups())) >= (12, 5)
+            if recent and {"90", "90a"} & set(archs):
                 hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
                 cuda += ["-DFUSEDRES_WITH_SM90A"]
                 python += ["-DFUSEDRES_WITH_SM90A"]

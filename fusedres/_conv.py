@@ -95,7 +95,7 @@ class Conv(NamedTuple):
         filters in tiles.
         """
         filters, channels, height, width = weight
-        whole = filters % TILE == 0 and channels % TILE == 0
+        whole = filters % TILE == 0 and channels % TILE == 0 and min(filters, channels) > 0
         sizes = whole and max(filters, channels) <= MOST_TILED[product]
         return self.is_pointwise((height, width)) and self.stride == (1, 1) and sizes
 

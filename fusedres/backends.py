@@ -451,7 +451,10 @@ def wgmma_problem(index: int | None, check: bool = True) -> str | None:
         if capturing:
             return "its self-check cannot run while a CUDA graph is captured; run once before that"
         ops = importlib.import_module("fusedres.ops._self_check")  # which stands above
-        _wgmma_checked[index] = ops.problem(torch.device("cuda", index))
+        try:
+            _wgmma_checked[index] = ops.problem(torch.device("cuda", index))
+        except torch.OutOfMemoryError:
+            return "its self-check found too little memory free; it runs again when asked for"
         return _wgmma_checked[index]
 
 

@@ -60,6 +60,8 @@ class Wrong(Extension):
             self._full(head, t[7], filters)[:, -1] *= 1.1
         if self.fault == "the gradient of the input":
             self._full(head, act[9])[0, 0, 0, :2] += 1
+        if self.fault == "several pieces of a tile" and head[1][1] >= 512:
+            self._full(head, act[9])[0, -64:, -1] = 0
         if self.fault == "its sums" and act[10]:
             self._sums(head, act[10])[1, 5] *= 1.25
         if self.fault == "the residual's sums" and act[11]:
@@ -77,6 +79,7 @@ FAULTS = {
     "the mask of g": "masked=False",
     "dy": "dy of",
     "the gradient of the input": "dgrad of",
+    "several pieces of a tile": "dgrad of",
     "its sums": "sums of",
     "the residual's sums": "residual's sums of",
 }
@@ -108,7 +111,7 @@ def test_it_leaves_everything_as_it_was(around: str, monkeypatch: pytest.MonkeyP
         "deterministic": torch.enable_grad,
         "search": torch.enable_grad,
     }
-    monkeypatch.setattr(_self_check, "CASES", _self_check.CASES[:3])
+    monkeypatch.setattr(_self_check, "cases", lambda _: _self_check.CASES[:3])
     if around == "search":
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = torch.get_rng_state()
@@ -224,6 +227,19 @@ def test_not_while_a_graph_is_captured(gpu: Gpu) -> None:
     assert backends.wgmma_problem(0) is None and gpu.checks == ["cuda:0"]
 
 
+def test_too_little_memory_is_no_finding(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: torch.device) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as scope:
+        scope.setattr(_self_check, "_run", lambda *_: full(CPU))
+        with pytest.raises(torch.OutOfMemoryError):
+            _CHECK(CPU)
+        scope.setattr(_self_check, "problem", full)
+        assert "too little memory" in (backends.wgmma_problem(0) or "")
+    assert backends.wgmma_problem(0) is None  # asked again
+
+
 # --- what asks for it -----------------------------------------------------------------------------
 
 X = torch.randn(2, 64, 5, 5).to(torch.bfloat16, memory_format=CHANNELS_LAST)
@@ -254,7 +270,7 @@ def test_dynamo_traces_through_it(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, fin
     torch._dynamo.reset()
     check = _CHECK if finding is None else lambda _: finding
     monkeypatch.setattr(_self_check, "problem", lambda _: check(CPU))
-    monkeypatch.setattr(_self_check, "CASES", _self_check.CASES[:2])
+    monkeypatch.setattr(_self_check, "cases", lambda _: _self_check.CASES[:2])
     module = fusedres.ConvBNReLU(64, 64, 1).to(torch.bfloat16, memory_format=CHANNELS_LAST)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     with use_backend("cuda"), use_plan("fused+wgmma"):

@@ -132,6 +132,9 @@ cudaError_t launch_conv_bn_dgrad(const ConvBnDgradParams& p, Product product,
   if (p.sampled != nullptr && (in.grad_extra != nullptr || p.step_h < 1 || p.step_w < 1)) {
     return cudaErrorInvalidValue;
   }
+  // Blocks beside each other, and pieces of one, still read g and y.
+  if (out.dy != nullptr && (out.dy == out.g || out.dy == out.y)) return cudaErrorInvalidValue;
+  if (!aligned_16(in.mean, in.scale, in.bias, in.res_mean)) return cudaErrorMisalignedAddress;
   if (!aligned_16(out.g, out.y, out.dy, p.weight.data, in.grad_extra, in.a, in.y, in.res_y, in.g,
                   p.sampled)) {
     return cudaErrorMisalignedAddress;

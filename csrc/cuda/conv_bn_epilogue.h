@@ -185,7 +185,7 @@ struct MaskAndSum {
       if (affine) load_four(p.input.scale, c, scale);
       if (affine) load_four(p.input.bias, c, bias);
       if (res != nullptr) load_four(p.input.res_mean, c, res_mean);
-      // Two passes' loads are in flight: all four would take the accumulators' registers.
+      // Two passes' loads are in flight at once.
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Pack extras[2] = {}, masks[2] = {}, xs[2] = {}, rs[2] = {};

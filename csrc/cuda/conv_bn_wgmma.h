@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 
       // The slots of the step before, whose products are over, may be filled again.
       const auto release = [&] {
-        if (rewrites && releases) fence_async();
+        // Pieces ago, maybe, ordinary stores went where the next bulk copy will write.
+        if (Prologue::kChanges && releases) fence_async();
         __syncwarp();
         if (lane == 0) {
           if (releases) barrier_arrive(rings.a.empty + a.before(rings.a.size));

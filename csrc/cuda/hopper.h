@@ -23,6 +23,12 @@ struct alignas(64) TensorMap {
 // Describes a matrix [rows, columns] of 16-bit elements, whose rows lie `stride` elements apart,
 // and boxes [box_rows, 64] of it, which a copy leaves in rows of 128 bytes, swizzled; outside of
 // the matrix they are zeros. The matrix lies on 16 bytes, as does every row; box_rows <= 256.
+#if CUDART_VERSION < \
+    12050  // whose toolkits have no such look-up; setup.py builds nothing that asks
+inline cudaError_t describe(TensorMap*, DType, const void*, int64_t, int64_t, int64_t, int) {
+  return cudaErrorNotSupported;
+}
+#else
 inline cudaError_t describe(TensorMap* map, DType dtype, const void* matrix, int64_t rows,
                             int64_t columns, int64_t stride, int box_rows) {
   using Encode = int (*)(TensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*,
@@ -47,6 +53,7 @@ inline cudaError_t describe(TensorMap* map, DType dtype, const void* matrix, int
       strides, box, steps, 0, kSwizzled, kPromoted, 0);
   return problem == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
+#endif
 
 // --- barriers in shared memory -------------------------------------------------------------------
 
@@ -79,6 +86,24 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, unsigned
 
 // Waits until the phase of this parity is over: phases count 0, 1, 0, 1... from the first one. The
 // one before the first counts as over.
+#ifdef FUSEDRES_DEBUG
+// A phase that never ends stops the kernel, where it would hang otherwise.
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) {
+  unsigned over = 0;
+  for (int tries = 0; over == 0; ++tries) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    FUSEDRES_DEVICE_CHECK(tries < (1 << 22));
+  }
+}
+#else
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) {
   asm volatile(
       "{\n"
@@ -90,6 +115,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) 
       "r"(parity)
       : "memory");
 }
+#endif
 
 // --- bulk copies ---------------------------------------------------------------------------------
 

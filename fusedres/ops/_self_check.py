@@ -57,15 +57,43 @@ CASES = (
     Case((3, 64, 13, 11), 256, "tensor", emit=True),
     Case((3, 320, 7, 9), 512, "normalised", emit=True, step=2),
     Case((2, 128, 9, 7), 192, "normalised"),
-    Case((9, 64, 53, 51), 128),
 )
 
 
+def cases(multiprocessors: int) -> tuple[Case, ...]:
+    """CASES, and more tiles of rows than the device has multiprocessors: a block then has several,
+    and makes all pieces of their columns itself, of a tile that it keeps or one that does not fit
+    (tests/cuda_emulator/plans.cpp holds these sizes to that).
+    """
+    rows = 128 * (multiprocessors + 2) + 77
+    return (
+        *CASES,
+        Case((1, 64, rows, 1), 128),
+        Case((1, 128, rows, 1), 512, "normalised", emit=True),
+        Case((1, 512, rows, 1), 128, masked=False),
+        Case((1, 256, rows, 1), 1024),
+        Case((1, 1024, rows, 1), 512),
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """3 of what stands in for a GPU."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def problem(device: torch.device) -> str | None:
-    """What is wrong on a device, which is logged too; None where nothing is."""
+    """What is wrong on a device, which is logged too; None where nothing is.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for the check now.
+    """
     try:
         with _aside(device):
             reason = next(_wrong(device), None)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the kernels
     except Exception as error:  # of a launch, most likely
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
@@ -96,7 +124,7 @@ def _aside(device: torch.device) -> Iterator[None]:
 def _wrong(device: torch.device) -> Iterator[str]:
     """What disagrees, in words."""
     for dtype in (torch.bfloat16, torch.float16):
-        for number, case in enumerate(CASES):
+        for number, case in enumerate(cases(_multiprocessors(device))):
             t = _inputs(case, dtype, device, number)
             where = f"{str(dtype).removeprefix('torch.')}, {case}"
             ours, again = (_run(case, dict(t), "fused+wgmma") for _ in range(2))

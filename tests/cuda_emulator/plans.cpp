@@ -51,7 +51,8 @@ bool check_mma(ProductPlan plan, int most, const DeviceLimits& limits) {
 }
 
 template <int kBN, int kSources, int kVectors>
-bool check_wgmma(ProductPlan plan, bool only_kept, const DeviceLimits& limits, bool* kept) {
+bool check_wgmma(ProductPlan plan, bool only_kept, const DeviceLimits& limits, bool* kept,
+                 ProductPlan* chosen = nullptr) {
   using Layout = WgmmaLayout<kBN, kSources, kVectors>;
   constexpr int piece = kBN;
   if (plan.columns % kBN != 0 || !fit_wgmma<Layout, kSources>(&plan, kBN, limits, only_kept)) {
@@ -72,16 +73,18 @@ bool check_wgmma(ProductPlan plan, bool only_kept, const DeviceLimits& limits, b
   EXPECT(layout.staging % 128 == 0 && layout.scratch % 16 == 0);
   EXPECT(layout.running % 16 == 0 && layout.table % 16 == 0 && layout.barriers % 8 == 0);
   *kept = plan.n_tiles == 1 || plan.keeps_a;
+  if (chosen != nullptr) *chosen = plan;
   return true;
 }
 
 // As the launchers try them; whether one fits, and whether A is then fetched once.
 template <int kSources, int kVectors>
-bool wgmma_fits(const ProductPlan& plan, bool forward, const DeviceLimits& limits, bool* kept) {
-  for (const bool only_kept : {true, false}) {
-    if (forward && check_wgmma<256, kSources, kVectors>(plan, only_kept, limits, kept)) return true;
-    if (check_wgmma<128, kSources, kVectors>(plan, only_kept, limits, kept)) return true;
-    if (check_wgmma<64, kSources, kVectors>(plan, only_kept, limits, kept)) return true;
+bool wgmma_fits(const ProductPlan& plan, bool forward, const DeviceLimits& limits, bool* kept,
+                ProductPlan* to = nullptr) {
+  for (const bool only : {true, false}) {
+    if (forward && check_wgmma<256, kSources, kVectors>(plan, only, limits, kept, to)) return true;
+    if (check_wgmma<128, kSources, kVectors>(plan, only, limits, kept, to)) return true;
+    if (check_wgmma<64, kSources, kVectors>(plan, only, limits, kept, to)) return true;
   }
   return false;
 }
@@ -156,11 +159,49 @@ void check_resnet() {
   }
 }
 
+// The sizes of fusedres/ops/_self_check.py, for more tiles than multiprocessors: both ways they
+// have to meet blocks of several tiles and pieces, with A kept and not, with B kept and not.
+void check_self_check() {
+  struct Layer {
+    int in, out;
+  };
+  constexpr Layer kLayers[] = {{64, 128}, {128, 512}, {512, 128}, {256, 1024}, {1024, 512}};
+  for (const DeviceLimits& limits : {kHopper, kEmulated}) {
+    for (const bool forward : {true, false}) {
+      bool several_kept = false, several_not = false, keeps_b = false, streams_b = false;
+      ProductPlan plan = {};
+      const int piece = 0;
+      for (const Layer& layer : kLayers) {
+        ProductPlan chosen = {};
+        plan.rows = 128 * (limits.multiprocessors + 2) + 77;
+        plan.reduction = forward ? layer.in : layer.out;
+        plan.columns = forward ? layer.out : layer.in;
+        plan.sums = forward || layer.in != 128 ? 2 : 3;
+        bool kept = false;
+        if (!forward) {
+          EXPECT((wgmma_fits<2, 5>(plan, false, limits, &kept, &chosen)));
+        } else if (layer.in == 128) {
+          EXPECT((wgmma_fits<2, 6>(plan, true, limits, &kept, &chosen)));
+        } else {
+          EXPECT((wgmma_fits<1, 3>(plan, true, limits, &kept, &chosen)));
+        }
+        EXPECT(chosen.tiles > 1 && chosen.groups == 1);
+        several_kept |= chosen.n_tiles > 1 && chosen.keeps_a;
+        several_not |= chosen.n_tiles > 1 && !chosen.keeps_a;
+        keeps_b |= chosen.keeps_b;
+        streams_b |= !chosen.keeps_b;
+      }
+      EXPECT(several_kept && several_not && keeps_b && streams_b);
+    }
+  }
+}
+
 }  // namespace fusedres
 
 int main() {
   fusedres::check_everything();
   fusedres::check_resnet();
+  fusedres::check_self_check();
   printf("%ld plans\n", fusedres::fits);
   return fusedres::wrong == 0 ? 0 : 1;
 }

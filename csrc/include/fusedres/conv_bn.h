@@ -63,7 +63,7 @@ struct ConvBnFwdParams {
 // launch_bn_act_bwd of that da.
 struct ConvBnDgradParams {
   BatchNormBwdParams output;  // of the dtype, n, h and w of the input; on the CPU bias null; on the
-                              // GPU dy may be null
+                              // GPU dy may be null, but neither g nor y
   ConstVector weight;         // [K, C], as forward
   BnActBwdParams input;       // grad is g; sums null: of an input that was no Deferred, of which
                               // there are but grad_extra and g = da
