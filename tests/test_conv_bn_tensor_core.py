@@ -24,6 +24,7 @@ from fusedres import _conv, backends, use_backend, use_plan
 from fusedres._conv import Conv, Source, Upstream
 from fusedres._plans import PRODUCTS
 from fusedres.library import conv_bn as library
+from fusedres.native import _tensor_cores
 from fusedres.native import conv_bn as kernels
 from fusedres.ops import _self_check, conv_bn
 from fusedres.ops._self_check import Case
@@ -429,3 +430,30 @@ if not EMULATED:  # where the CPU is the GPU
         norm = (None, None, None, None, True, 0.1, 1e-5)
         with pytest.raises(ValueError, match="in channels_last on a GPU"):
             kernels.conv_bn_fwd(Source.plain(x), w, POINT, False, False, *norm, product="mma")
+
+
+if EMULATED:  # or what a kernel would read or write wrongly is found on the GPU only
+
+    @pytest.mark.parametrize("which", ["g", "y"])
+    def test_dy_is_a_tensor_of_its_own(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Blocks beside each other, and later pieces, still read g and y."""
+        run = Run(Case(sized(63, 64), 64), torch.bfloat16)
+        t = inputs(run, torch.device("cpu"), 0)
+        same = t[which]
+        monkeypatch.setattr(
+            _tensor_cores, "like", lambda x: same if x is t["y"] else torch.empty_like(x)
+        )
+        for product in PRODUCTS:
+            with pytest.raises(RuntimeError, match="conv_bn_dgrad: invalid argument"):
+                registered(run, t, "cuda", f"fused+{product}")
+
+    def test_vectors_lie_on_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+        run = Run(Case(sized(63, 64), 64), torch.bfloat16)
+        t = inputs(run, torch.device("cpu"), 0)
+        monkeypatch.setattr(_tensor_cores, "_aligned_of", lambda _: {})
+        source = _self_check._source(run.case, t)
+        off = torch.empty(65)[1:].copy_(source.mean)
+        up = Upstream(t["g"], t["sums"], t["y"], t["y_mean"], t["y_scale"], t["y_rstd"], None, True)
+        args = (source._replace(mean=off), t["weight"], POINT, None, up, None, "mma", True)
+        with pytest.raises(RuntimeError, match="conv_bn_dgrad: misaligned address"):
+            kernels.conv_bn_dgrad(*args, None, None)

@@ -4,34 +4,15 @@
 
 namespace fusedres {
 
-namespace {
-
-template <class T, int kBN>
-cudaError_t run(const ConvBnDgradParams& p, float* part, const DeviceLimits& limits,
-                ProductPlan* plan, const CudaTarget& target, LaunchConfig* config) {
-  using Prologue = Gradient<T>;
-  using Epilogue = MaskAndSum<T, kBN>;
-  using Layout = MmaLayout<kBN, Prologue::kSources, Prologue::kVectors>;
-  constexpr auto kKernel = conv_bn_mma_kernel<T, kBN, Prologue, Epilogue, true>;
-  if (plan->columns % kBN != 0 || !fit_mma<Layout>(plan, kBN, Epilogue::kResidents, limits)) {
-    return cudaErrorNotSupported;
-  }
-  const cudaError_t status = allow_shared<kKernel>(target.device, limits.shared_of_block);
-  if (status != cudaSuccess) return status;
-  *config = {"conv_bn_dgrad_mma", plan->blocks(), kMultipliers,
-             static_cast<size_t>(Layout(*plan).bytes)};
-  return launch(kKernel, *config, target.stream, p, static_cast<const T*>(p.weight.data), part,
-                *plan);
-}
-
-}  // namespace
-
 cudaError_t conv_bn_dgrad_mma(const ConvBnDgradParams& p, float* part, const DeviceLimits& limits,
                               ProductPlan* plan, const CudaTarget& target, LaunchConfig* config) {
   return dispatch_half(p.output.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return try_columns<128, 64>([&](auto columns) {
-      return run<T, decltype(columns)::value>(p, part, limits, plan, target, config);
+      constexpr int kBN = decltype(columns)::value;
+      using Prologue = Gradient<T>;
+      return run_mma<T, kBN, Prologue, MaskAndSum<T, kBN>, true>("conv_bn_dgrad_mma", p, part,
+                                                                 limits, plan, target, config);
     });
   });
 }

@@ -5,51 +5,18 @@
 namespace fusedres {
 
 #ifdef FUSEDRES_WITH_SM90A
-namespace {
-
-template <class T, int kBN>
-cudaError_t run(const ConvBnDgradParams& p, bool only_kept, float* part, const DeviceLimits& limits,
-                ProductPlan* plan, const CudaTarget& target, LaunchConfig* config) {
-  using Prologue = Gradient<T>;
-  using Layout = WgmmaLayout<kBN, Prologue::kSources, Prologue::kVectors>;
-  constexpr auto kKernel = conv_bn_wgmma_kernel<T, kBN, Prologue, MaskAndSum<T, kBN>, true>;
-  if (plan->columns % kBN != 0 ||
-      !fit_wgmma<Layout, Prologue::kSources>(plan, kBN, limits, only_kept)) {
-    return cudaErrorNotSupported;
-  }
-  TensorMaps maps = {};
-  const DType dtype = p.output.dtype;
-  const int64_t rows = plan->rows, reduction = plan->reduction;
-  cudaError_t status =
-      describe(&maps.first, dtype, p.output.g, rows, reduction, reduction, kTileRows);
-  if (status == cudaSuccess && Prologue::kSources == 2) {
-    status = describe(&maps.second, dtype, p.output.y, rows, reduction, reduction, kTileRows);
-  }
-  if (status == cudaSuccess) {
-    status = describe(&maps.b, dtype, p.weight.data, reduction, plan->columns, plan->columns, 64);
-  }
-  if (status == cudaSuccess) {
-    status = allow_shared<kKernel>(target.device, limits.shared_of_block);
-  }
-  if (status != cudaSuccess) return status;
-  *config = {"conv_bn_dgrad_wgmma", plan->blocks(), kWgmmaThreads,
-             static_cast<size_t>(Layout(*plan).bytes)};
-  return launch(kKernel, *config, target.stream, p, maps, part, *plan);
-}
-
-}  // namespace
-
 cudaError_t conv_bn_dgrad_wgmma(const ConvBnDgradParams& p, float* part, const DeviceLimits& limits,
                                 ProductPlan* plan, const CudaTarget& target, LaunchConfig* config) {
   return dispatch_half(p.output.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto attempt = [&](bool only_kept) {
+    return prefer_kept([&](bool only_kept) {
       return try_columns<128, 64>([&](auto columns) {
-        return run<T, decltype(columns)::value>(p, only_kept, part, limits, plan, target, config);
+        constexpr int kBN = decltype(columns)::value;
+        using Prologue = Gradient<T>;
+        return run_wgmma<T, kBN, Prologue, MaskAndSum<T, kBN>, true>(
+            "conv_bn_dgrad_wgmma", p, only_kept, part, limits, plan, target, config);
       });
-    };
-    const cudaError_t status = attempt(true);
-    return status == cudaErrorNotSupported ? attempt(false) : status;
+    });
   });
 }
 #else

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/conv_bn_epilogue.h"
+#include "cuda/conv_bn_launch.h"
 #include "cuda/conv_bn_prologue.h"
 
 namespace fusedres {
@@ -180,6 +181,23 @@ __global__ void __launch_bounds__(kMultipliers, Epilogue::kResidents)
     refill = refill + 1 == plan.stages ? 0 : refill + 1;
   }
   leave_sums<kBN>(plan, running, part_sums, thread);
+}
+
+// Launches the kernel `name` where the device has room for it, else cudaErrorNotSupported.
+template <class T, int kBN, class Prologue, class Epilogue, bool kBByReduction>
+cudaError_t run_mma(const char* name, const typename Epilogue::Params& p, float* part,
+                    const DeviceLimits& limits, ProductPlan* plan, const CudaTarget& target,
+                    LaunchConfig* config) {
+  using Layout = MmaLayout<kBN, Prologue::kSources, Prologue::kVectors>;
+  constexpr auto kKernel = conv_bn_mma_kernel<T, kBN, Prologue, Epilogue, kBByReduction>;
+  if (plan->columns % kBN != 0 || !fit_mma<Layout>(plan, kBN, Epilogue::kResidents, limits)) {
+    return cudaErrorNotSupported;
+  }
+  const cudaError_t status = allow_shared<kKernel>(target.device, limits.shared_of_block);
+  if (status != cudaSuccess) return status;
+  *config = {name, plan->blocks(), kMultipliers, static_cast<size_t>(Layout(*plan).bytes)};
+  return launch(kKernel, *config, target.stream, p, static_cast<const T*>(p.weight.data), part,
+                *plan);
 }
 
 }  // namespace fusedres

@@ -47,7 +47,7 @@ struct Activation {
   int reduction;
   bool relu, normalized;  // the residual
 
-  __device__ static const T* source(const ConvBnFwdParams& p, int i) {
+  FUSEDRES_HOST_DEVICE static const T* source(const ConvBnFwdParams& p, int i) {
     return static_cast<const T*>(i == 0 ? p.input.y : p.input.residual);
   }
 
@@ -123,7 +123,7 @@ struct Gradient {
   int reduction;
   bool training, masked;
 
-  __device__ static const T* source(const ConvBnDgradParams& p, int i) {
+  FUSEDRES_HOST_DEVICE static const T* source(const ConvBnDgradParams& p, int i) {
     return static_cast<const T*>(i == 0 ? p.output.g : p.output.y);
   }
   __device__ static T* side_output(const ConvBnDgradParams& p) {

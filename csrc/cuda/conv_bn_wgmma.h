@@ -16,6 +16,7 @@
 #pragma once
 
 #include "cuda/conv_bn_epilogue.h"
+#include "cuda/conv_bn_launch.h"
 #include "cuda/conv_bn_prologue.h"
 #include "cuda/hopper.h"
 
@@ -276,6 +277,47 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
   }
   leave_sums<kBN>(plan, running, part_sums, thread);
+}
+
+// Launches the kernel `name` where the device has room for it (and if only_kept, for what is to be
+// fetched once), else cudaErrorNotSupported.
+template <class T, int kBN, class Prologue, class Epilogue, bool kBByReduction>
+cudaError_t run_wgmma(const char* name, const typename Epilogue::Params& p, bool only_kept,
+                      float* part, const DeviceLimits& limits, ProductPlan* plan,
+                      const CudaTarget& target, LaunchConfig* config) {
+  using Layout = WgmmaLayout<kBN, Prologue::kSources, Prologue::kVectors>;
+  constexpr auto kKernel = conv_bn_wgmma_kernel<T, kBN, Prologue, Epilogue, kBByReduction>;
+  if (plan->columns % kBN != 0 ||
+      !fit_wgmma<Layout, Prologue::kSources>(plan, kBN, limits, only_kept)) {
+    return cudaErrorNotSupported;
+  }
+  TensorMaps maps = {};
+  const int64_t rows = plan->rows, reduction = plan->reduction, columns = plan->columns;
+  const auto describe_a = [&](TensorMap* map, int source) {
+    return describe(map, p.output.dtype, Prologue::source(p, source), rows, reduction, reduction,
+                    kTileRows);
+  };
+  cudaError_t status = describe_a(&maps.first, 0);
+  if (status == cudaSuccess && Prologue::kSources == 2) status = describe_a(&maps.second, 1);
+  if (status == cudaSuccess) {
+    status =
+        kBByReduction
+            ? describe(&maps.b, p.output.dtype, p.weight.data, reduction, columns, columns, 64)
+            : describe(&maps.b, p.output.dtype, p.weight.data, columns, reduction, reduction, kBN);
+  }
+  if (status == cudaSuccess) {
+    status = allow_shared<kKernel>(target.device, limits.shared_of_block);
+  }
+  if (status != cudaSuccess) return status;
+  *config = {name, plan->blocks(), kWgmmaThreads, static_cast<size_t>(Layout(*plan).bytes)};
+  return launch(kKernel, *config, target.stream, p, maps, part, *plan);
+}
+
+// Calls f(only_kept), first for plans that fetch A once, then for any.
+template <class F>
+cudaError_t prefer_kept(const F& f) {
+  const cudaError_t status = f(true);
+  return status == cudaErrorNotSupported ? f(false) : status;
 }
 
 }  // namespace fusedres

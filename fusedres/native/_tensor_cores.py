@@ -27,12 +27,11 @@ from fusedres.native._args import (
     workspace,
 )
 from fusedres.native._conv_args import check_source, filters_of
-from fusedres.native.batch_norm import Forward, GradientVectors, Statistics, batch_norm_fwd
+from fusedres.native.batch_norm import FROZEN, Forward, GradientVectors, Statistics, batch_norm_fwd
 from fusedres.native.bn_act import bn_act_fwd
 
 CHANNELS_LAST = torch.channels_last
 _DTYPES = (torch.float16, torch.bfloat16)
-_FROZEN = (0.0, 0.0), ((0, 0),) * 5, (0,) * 5  # nothing of a BatchNorm whose statistics are known
 
 
 def conv_bn_fwd(
@@ -63,7 +62,7 @@ def conv_bn_fwd(
     c, args, filters = require(), head(x), weight.size(0)
     work = workspace(c.conv_bn_fwd_workspace(args, filters, training, number), x)
     f = Forward(y, *norm, momentum, eps, args) if training else None
-    numbers, normed, results = _FROZEN if f is None else (f.numbers, f.vectors, f.results)
+    numbers, normed, results = FROZEN if f is None else (f.numbers, f.vectors, f.results)
     act = (relu, pointers(x, *vectors_of, a))
     own = (training, *numbers, normed, (y.data_ptr(), *results, work.data_ptr()))
     c.conv_bn_fwd(args, filters, *act, *own, numbered(stored), number)

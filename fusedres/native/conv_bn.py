@@ -25,6 +25,7 @@ from fusedres.native._args import (
 from fusedres.native._conv_args import check_source, filters_of
 from fusedres.native._tensor_cores import conv_bn_dgrad as conv_bn_dgrad
 from fusedres.native.batch_norm import (
+    FROZEN,
     Forward,
     GradientVectors,
     Statistics,
@@ -86,16 +87,13 @@ def conv_bn_fwd(
     c, args, filters = require(), head(x), weight.size(0)
     work = workspace(c.conv_bn_fwd_workspace(args, filters, training), x)
     f = Forward(y, *norm, momentum, eps, args) if training else None
-    numbers, normed, results = _FROZEN if f is None else (f.numbers, f.vectors, f.results)
+    numbers, normed, results = FROZEN if f is None else (f.numbers, f.vectors, f.results)
     act = (relu, pointers(x, *vectors_of, a))
     own = (training, *numbers, normed, (y.data_ptr(), *results, work.data_ptr()))
     c.conv_bn_fwd(args, filters, *act, *own, numbered(stored))
     if f is None:
         return y, batch_norm_fwd(y, *norm, training, momentum, eps), a, None
     return y, f.settle(elements_per_channel(y)), a, None
-
-
-_FROZEN = (0.0, 0.0), ((0, 0),) * 5, (0,) * 5  # nothing of a BatchNorm whose statistics are known
 
 
 def conv_bn_bwd(
