@@ -52,12 +52,8 @@ struct Statistics {
         for (int half = 0; half < 2; ++half) {
           const int at = (group * (kGroup / 8) + j) * 4 + half * 2;
           const float pair[2] = {d[at], d[at + 1]};
-          T out[2];
-          round_pair(pair[0], pair[1], out);
-          uint32_t word;
-          memcpy(&word, out, sizeof word);
           unsigned char* const to = staging + staging_offset(fragment_row(lane) + half * 8, j);
-          *reinterpret_cast<uint32_t*>(to + fragment_pair(lane) * 4) = word;
+          *reinterpret_cast<uint32_t*>(to + fragment_pair(lane) * 4) = pack_pair<T>(pair);
         }
       }
       __syncwarp();

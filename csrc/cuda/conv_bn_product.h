@@ -62,4 +62,18 @@ __device__ __forceinline__ int rows_of_warp(const ProductPlan& plan, int64_t til
   return left < 0 ? 0 : left < kWarpRows ? static_cast<int>(left) : kWarpRows;
 }
 
+// Two neighbours in a word, as floats and back.
+template <class T>
+__device__ __forceinline__ void unpack_pair(uint32_t word, float (&x)[2]) {
+  unpack(Packed<T, 2>{{word}}, x);
+}
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(const float (&x)[2]) {
+  T pair[2];
+  round_pair(x[0], x[1], pair);
+  uint32_t word;
+  memcpy(&word, pair, sizeof word);
+  return word;
+}
+
 }  // namespace fusedres

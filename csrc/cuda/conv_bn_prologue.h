@@ -14,20 +14,6 @@
 
 namespace fusedres {
 
-// Two neighbours in a word, as floats and back.
-template <class T>
-__device__ __forceinline__ void unpack_pair(uint32_t word, float (&x)[2]) {
-  unpack(Packed<T, 2>{{word}}, x);
-}
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(const float (&x)[2]) {
-  T pair[2];
-  round_pair(x[0], x[1], pair);
-  uint32_t word;
-  memcpy(&word, pair, sizeof word);
-  return word;
-}
-
 __device__ __forceinline__ void load_pair(const float* p, float (&x)[2]) {
   const Vector<float, 2> pair = *reinterpret_cast<const Vector<float, 2>*>(p);
   x[0] = pair.values[0];
