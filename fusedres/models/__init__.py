@@ -1,5 +1,6 @@
 """Networks assembled from the blocks."""
 
+from fusedres.models.keras import from_keras
 from fusedres.models.layer_names import layer_names
 from fusedres.models.resnet import (
     FusedResNet50,
@@ -16,6 +17,7 @@ __all__ = [
     "FusedResNet50",
     "ResNet",
     "Summary",
+    "from_keras",
     "layer_names",
     "resnet18",
     "resnet34",

@@ -4,8 +4,9 @@ the details.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from fusedres.nn.blocks import (
     set_memory,
     takes_deferred,
 )
+from fusedres.nn.frames import FromPixels
 from fusedres.nn.init import Initializer, resolve
 from fusedres.nn.layers import apply_conv_bn, apply_stem, plain_reason
 
@@ -52,8 +54,11 @@ class ResNet(FusedModule):
         feature_info: for the stem, before its max pool, and each stage {"num_chs": channels,
             "reduction": by which factor its map is smaller than the image, "module": its name}, in
             the order of forward_intermediates.
+        from_pixels: a fusedres.nn.FromPixels that comes before the stem, in a network that takes
+            pixels (`from_keras` makes such); else None.
     """
 
+    from_pixels: FromPixels | None
     _unpooled = False  # whether forward_head leaves the map as it is
 
     def __init__(
@@ -89,6 +94,7 @@ class ResNet(FusedModule):
         self._initializer = (
             details.initializer if isinstance(details.initializer, str) else "kaiming_normal"
         )
+        self.register_module("from_pixels", None)  # the first child, as it is the first to run
         norm = {"eps": details.eps, "momentum": details.momentum}
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         fill(self.conv1.weight)
@@ -136,8 +142,9 @@ class ResNet(FusedModule):
         """Images [N, in_channels, H, W] -> the last stage's map [N, num_features, h, w].
 
         The map has the dtype that the network computes in; it is in x's memory format, on a GPU in
-        channels_last.
+        channels_last, as it is behind from_pixels.
         """
+        x = self._input(x)
         with packed(self, x):
             return self._run(self._stem(x), self._stages(), {})
 
@@ -194,6 +201,7 @@ class ResNet(FusedModule):
         taken = maps_taken(indices, len(self.feature_info))
         stages = self._stages()[: max(taken)] if stop_early else self._stages()
         kept: dict[int, Tensor | None] = dict.fromkeys(sorted(taken))
+        x = self._input(x)
         with packed(self, x):
             if 0 in kept:
                 kept[0] = self._stem_map(x)
@@ -254,6 +262,9 @@ class ResNet(FusedModule):
             resolve(initializer)(fc.weight)
             nn.init.zeros_(fc.bias)
         return fc
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x if self.from_pixels is None else self.from_pixels(x)
 
     def _stages(self) -> list[nn.Module]:
         return [self.get_submodule(f"layer{i}") for i in range(1, 5)]
@@ -358,6 +369,23 @@ class FusedResNet50(ResNet):
             memory=memory,
             **overrides,
         )
+
+    @classmethod
+    def from_keras(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        preprocess: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """A network with the weights of a ResNet-50 that Keras saved; arguments, result and errors
+        as those of fusedres.models.from_keras. ValueError also where the file has another depth.
+        """
+        from fusedres.models.keras import convert  # which stands on this module
+
+        found = convert(path, variant=variant, preprocess=preprocess, options=options, cls=cls)
+        return cast(Self, found.model)
 
 
 def resnet18(num_classes: int = 1000, **options: Any) -> ResNet:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres.models.layer_names import layer_names
-from fusedres.nn import unfuse
+from fusedres.nn import FromPixels, unfuse
 
 # what a traced function, method or module is called in the table
 _KINDS = {
@@ -146,7 +146,8 @@ def summary(model: nn.Module, input_size: tuple[int, int, int], naming: str = "t
             f"{tuple(input_size)}"
         )
     names = {} if naming == "torch" else layer_names(model, naming)
-    plain = unfuse(copy.deepcopy(model).to("meta")).eval()
+    plain: Any = unfuse(copy.deepcopy(model).to("meta")).eval()
+    plain.from_pixels = None  # the step in front of a network that takes pixels is no layer of it
     graph = fx.Tracer().trace(plain)
     shapes = _shapes(fx.GraphModule(plain, graph), (1, channels, height, width))
     name_of: dict[fx.Node, str] = {}
@@ -167,7 +168,7 @@ def summary(model: nn.Module, input_size: tuple[int, int, int], naming: str = "t
                 tuple(name_of[source] for source in node.all_input_nodes),
             )
         )
-    modules = list(model.modules())
+    modules = [m for m in model.modules() if not isinstance(m, FromPixels)]
     return Summary(
         f"{type(model).__name__}, input ({height}, {width}, {channels})",
         tuple(layers),

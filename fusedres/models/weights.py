@@ -71,7 +71,7 @@ def read_weights(owner: str, weights: WeightsLike) -> Weights:
             content = weights.get_state_dict(progress=True, check_hash=True)
         except Exception as error:  # of the network, the disk, the hash
             raise RuntimeError(
-                f"{owner}: weights: {source} could not be fetched: {_line(error)}"
+                f"{owner}: weights: {source} could not be fetched: {first_line(error)}"
             ) from error
     else:
         kind = f"the class {weights.__name__}" if isinstance(weights, type) else None
@@ -106,7 +106,7 @@ def load_weights(owner: str, model: nn.Module, weights: Weights) -> None:
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     if any(kinds.values()):
-        found = "; ".join(_listed(kind, names) for kind, names in kinds.items() if names)
+        found = "; ".join(listed(kind, names) for kind, names in kinds.items() if names)
         raise ValueError(
             f"{owner}: weights: {source} does not fit this network: {found}; accepted: the names "
             f"and shapes of its own state_dict, which are torchvision's{_advice(kinds, other)}"
@@ -115,7 +115,7 @@ def load_weights(owner: str, model: nn.Module, weights: Weights) -> None:
         # a plain dict: without the metadata that would have old files' missing counts refused
         model.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{owner}: weights: {source}: {_line(error)}") from error
+        raise ValueError(f"{owner}: weights: {source}: {first_line(error)}") from error
 
 
 def _read_file(prefix: str, path: Path) -> Any:
@@ -128,9 +128,9 @@ def _read_file(prefix: str, path: Path) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"{prefix} is not there; {ACCEPTED}") from None
     except OSError as error:
-        raise OSError(f"{prefix} cannot be read: {error.strerror or _line(error)}") from None
+        raise OSError(f"{prefix} cannot be read: {error.strerror or first_line(error)}") from None
     except Exception as error:  # whatever a hostile or damaged file makes of the reader
-        detail = wanted_by(error) or _line(error)
+        detail = wanted_by(error) or first_line(error)
         raise ValueError(
             f"{prefix} is refused: not a whole file of tensors and plain data ({detail}); nothing "
             f"in it was executed; {ACCEPTED}"
@@ -206,7 +206,7 @@ def _described(t: Tensor) -> str:
     return f"{list(t.shape)}{kind}{where}{' on meta' if t.is_meta else ''}"
 
 
-def _listed(kind: str, names: Sequence[str]) -> str:
+def listed(kind: str, names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return f"{len(names)} {kind} ({shown}{', ...' if len(names) > _SHOWN else ''})"
 
@@ -219,6 +219,6 @@ def _advice(kinds: Mapping[str, Sequence[str]], mismatched: Sequence[str]) -> st
     return "; for other classes build it with num_classes of the weights, then reset_classifier"
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name."""
     return next(iter(str(error).splitlines()), "").rstrip(":") or type(error).__name__

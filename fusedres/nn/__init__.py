@@ -9,6 +9,7 @@ from fusedres.nn.blocks import (
     IdentityBlock,
     Stage,
 )
+from fusedres.nn.frames import FromPixels
 from fusedres.nn.freeze import freeze
 from fusedres.nn.fuse import fuse, unfuse
 from fusedres.nn.report import report
@@ -17,6 +18,7 @@ __all__ = [
     "BasicBlock",
     "ConvBNReLU",
     "ConvBlock",
+    "FromPixels",
     "IdentityBlock",
     "Stage",
     "freeze",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedres._checks import DTYPES
-from fusedres.nn.frames import Normalization
+from fusedres.nn.frames import FromPixels, Normalization
 from fusedres.nn.frozen import FrozenModule, convert, thaw
 from fusedres.nn.fuse import unfuse
-from fusedres.nn.program import Program, at
+from fusedres.nn.program import Call, Program, at
 from fusedres.nn.tracing import trace
 
 
@@ -52,7 +52,8 @@ def freeze(
             costs one launch. Weights that change are recorded anew.
         mean, std: of each channel of the images that the model was trained on, of values from 0 to
             1, as torchvision's Normalize takes them. Given, uint8 images [N, H, W, C] are taken as
-            well as what the model takes.
+            well as what the model takes. A model that takes pixels, by a FromPixels, takes
+            uint8 images without.
 
     Returns:
         The copy: an instance of the model's class.
@@ -86,10 +87,19 @@ def freeze(
         _untie(model)
         for path, found in list(_Visit().roots(model)):
             root = at(model, path) if path else model
-            if root is model and normalization is not None:
-                _check_channels(root, found.program, normalization)
+            frames = normalization if root is model else None
+            pixels = _from_pixels(root, found.program)
+            if pixels is not None:
+                if frames is not None:
+                    raise ValueError(
+                        f"freeze: mean and std: {type(model).__name__} takes pixels already, by "
+                        "its from_pixels; leave them out"
+                    )
+                frames = pixels.normalization()
+            elif frames is not None:
+                _check_channels(root, found.program, frames)
             _fold(root, found.program, dtype)
-            convert(root, found.inside, cuda_graph, normalization if root is model else None)
+            convert(root, found.inside, cuda_graph, frames)
         if dtype is not None:
             model.to(dtype)
     if normalization is not None and not isinstance(model, FrozenModule):
@@ -109,6 +119,16 @@ def _untie(model: nn.Module) -> None:
             module = copy.deepcopy(module)
             (at(model, owner) if owner else model)._modules[name] = module
         seen.add(id(module))
+
+
+def _from_pixels(root: nn.Module, program: Program) -> FromPixels | None:
+    """The step that takes pixels, where the input goes into one."""
+    for step in program.steps:
+        if isinstance(step, Call) and step.kind == "module" and 0 in step.reads():
+            module = at(root, step.target)
+            if isinstance(module, FromPixels):
+                return module
+    return None
 
 
 def _check_channels(root: nn.Module, program: Program, normalization: Normalization) -> None:
