@@ -13,8 +13,8 @@ import torch
 from tiny import CLASSES, pictures, write_npz
 
 from fusedres.training import DataError, load
+from fusedres.training.data import Share, read_picture
 from fusedres.training.data import folder as folder_module
-from fusedres.training.data import read_picture
 
 h5py = pytest.importorskip("h5py")
 Image = pytest.importorskip("PIL.Image")
@@ -230,8 +230,8 @@ def test_large_folders_are_read_as_needed(tmp_path: Path, monkeypatch: pytest.Mo
     assert lazy.fingerprint == held.fingerprint
     assert torch.equal(lazy.train.read(range(9)), held.train.read(range(9)))
     (tmp_path / "red" / "2.png").write_bytes(b"damaged")
-    answers = [lazy.train.__getitems__([i]) for i in range(len(lazy.train))] + [
-        lazy.test.__getitems__([i]) for i in range(len(lazy.test))
+    answers = [lazy.train.__getitems__(Share([i])) for i in range(len(lazy.train))] + [
+        lazy.test.__getitems__(Share([i])) for i in range(len(lazy.test))
     ]
     assert sum(isinstance(answer, DataError) for answer in answers) == 1
 

@@ -671,10 +671,10 @@ def test_the_next_batch_is_read_meanwhile(
 ) -> None:
     second = threading.Event()
 
-    def read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    def read(path: Path, size: tuple[int, int], channels: int, *, crop: float) -> Tensor:
         if path.name == "1.png":
             second.set()
-        return read_picture(path, size, channels)
+        return read_picture(path, size, channels, crop=crop)
 
     monkeypatch.setattr(classifier_module, "read_picture", read)
     seen = []

@@ -15,14 +15,26 @@ import torch
 
 from fusedres import backends
 from fusedres._version import __version__
-from fusedres.cli import bench, demo, evaluate, gradients, info, predict, summary, train, tune
+from fusedres.cli import (
+    bench,
+    convert,
+    demo,
+    evaluate,
+    gradients,
+    info,
+    predict,
+    summary,
+    train,
+    tune,
+)
 from fusedres.cli._command import UserError, complain
 from fusedres.training import TrainingError
 from fusedres.training.files import one_line
+from fusedres.training.processes import ElsewhereError, StoppedElsewhere
 
 __all__ = ["main"]
 
-COMMANDS = [module.COMMAND for module in (info, demo, train, evaluate, predict)]
+COMMANDS = [module.COMMAND for module in (info, demo, train, evaluate, predict, convert)]
 COMMANDS += [summary.COMMAND, gradients.COMMAND, bench.COMMAND, tune.COMMAND]
 
 
@@ -69,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(error)
         return error.exit_code
+    except ElsewhereError:
+        return 1
     except TrainingError as error:
         complain(error)
         return 1
@@ -84,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         complain(error)
         return 1
+    except StoppedElsewhere:
+        return 130
     except KeyboardInterrupt as stop:
         complain(stop if str(stop) else "interrupted")
         return 130

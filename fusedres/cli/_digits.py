@@ -85,10 +85,10 @@ def train(
 
         def on_step() -> None:
             losses.append(trainer.loss.item())
-            right = trainer.right.item() / (trainer.batch * trainer.batch_size)
             speed = trainer.step * trainer.batch_size / (time.perf_counter() - start)
             bar.set_postfix_str(
-                f"loss {losses[-1]:.3f}, accuracy {right:.0%}, {speed:.0f} img/s", refresh=False
+                f"loss {losses[-1]:.3f}, accuracy {trainer.accuracy:.0%}, {speed:.0f} img/s",
+                refresh=False,
             )
             bar.update()
 

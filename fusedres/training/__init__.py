@@ -10,7 +10,8 @@ from fusedres.training.data import Data, Failure, find_pictures, load
 from fusedres.training.files import CheckpointError, DataError, TrainingError
 from fusedres.training.preprocess import Preprocess
 from fusedres.training.recipe import Recipe
-from fusedres.training.run import Result, resume, train
+from fusedres.training.result import Result
+from fusedres.training.run import resume, train
 from fusedres.training.trainer import Epoch, Evaluation, Trainer, evaluate
 
 __all__ = [

@@ -17,7 +17,6 @@ from fusedres.nn import freeze
 from fusedres.training.checkpoint import Checkpoint
 from fusedres.training.data import Data, Failure, read_picture
 from fusedres.training.files import DataError, TrainingError
-from fusedres.training.recipe import amp_dtype
 from fusedres.training.trainer import Evaluation, check_backend, evaluate
 
 BATCH_SIZE = 32
@@ -116,7 +115,8 @@ class Classifier:
             readers.shutdown(cancel_futures=True)
 
     def _read(self, path: Path) -> Tensor:
-        return read_picture(path, self.preprocess.size, self.preprocess.channels)
+        preprocess = self.preprocess
+        return read_picture(path, preprocess.size, preprocess.channels, crop=preprocess.crop)
 
     def _try_to_read(self, path: Path) -> Tensor | DataError:
         try:
@@ -161,7 +161,7 @@ class Classifier:
                 f"{data.source}: its pictures are {[*pictures.size, pictures.channels]}, those of "
                 f"the checkpoint {list(expected)} [H, W, C]"
             )
-        dtype = amp_dtype(self.checkpoint.recipe.amp, self.device)
+        dtype = self.checkpoint.recipe.computes_in(self.device)
         return evaluate(
             self.model, pictures, self.preprocess, len(self.classes), self.device, dtype
         )

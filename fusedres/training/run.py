@@ -6,13 +6,9 @@ import csv
 import io
 import json
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +17,7 @@ from torch import nn
 
 from fusedres.models.resnet import VARIANTS
 from fusedres.training.checkpoint import FILE, NETWORKS, Checkpoint, Network
-from fusedres.training.data import load
+from fusedres.training.data import Data, load
 from fusedres.training.figures import confusion_matrix, curves, save_figure
 from fusedres.training.files import (
     CheckpointError,
@@ -32,53 +28,14 @@ from fusedres.training.files import (
     require,
     write_atomically,
 )
+from fusedres.training.preprocess import Preprocess
+from fusedres.training.processes import Agreement, Processes, StoppedElsewhere, interruptions, note
 from fusedres.training.recipe import Recipe
+from fusedres.training.result import Result
 from fusedres.training.trainer import Epoch, Evaluation, Trainer
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, ETA {remaining}{postfix}"
 LOG, CURVES, CONFUSION, RESULT = "log.csv", "curves.png", "confusion_matrix.png", "result.json"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run wrote to result.json.
-
-    Attributes:
-        test_accuracy, test_loss: of the final weights, on the test pictures; accuracy 0 to 1.
-        train_accuracy: in the last epoch, on augmented pictures.
-        epochs, steps: taken.
-        seconds: of the whole run, tests and files included; what an interruption lost is not.
-        img_per_s: pictures trained on a second, tests and files left out; median over epochs.
-        model, variant, num_classes, parameters: the network.
-        data, train_images, test_images: what it learnt from.
-        batch_size, optimizer, lr, warmup, label_smoothing, augment, amp, compile, seed: the recipe.
-        device: where the run ended.
-    """
-
-    test_accuracy: float
-    test_loss: float
-    train_accuracy: float
-    epochs: int
-    steps: int
-    seconds: float
-    img_per_s: float
-    model: str
-    variant: str
-    num_classes: int
-    parameters: int
-    data: str
-    train_images: int
-    test_images: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    warmup: float
-    label_smoothing: float
-    augment: str
-    amp: str
-    compile: bool
-    seed: int
-    device: str
 
 
 def train(
@@ -89,16 +46,20 @@ def train(
     model: str = "resnet50",
     variant: str = "torchvision",
     size: int | tuple[int, int] | None = None,
+    crop: float = 1.0,
     device: torch.device | str = "cpu",
     workers: int | None = None,
+    loader: str = "workers",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train a network from scratch.
+    """Train a network from scratch, in this process or in all that torch's default group joins.
 
     Writes into `out`, each file whole or not at all: checkpoint.pt at the beginning, after every
     epoch and on Ctrl-C (which then raises); log.csv after every epoch; at the end result.json,
-    curves.png and confusion_matrix.png. `resume` takes up a run that was interrupted or killed.
+    curves.png and confusion_matrix.png. `resume` takes up a run that was interrupted or killed. Of
+    several processes the first one writes; fusedres.training.processes.launched joins those that
+    torchrun starts.
 
     Args:
         data: as fusedres.training.load takes it; its path is kept in the checkpoint.
@@ -106,15 +67,17 @@ def train(
         recipe: how to train; by default Recipe().
         model: one of resnet18, resnet34, resnet50, resnet101, resnet152.
         variant: as FusedResNet50 takes it.
-        size: what to scale the pictures to, as `load` takes it.
+        size, crop: what to scale the pictures to, and how much of them to keep, as `load` takes it.
         device: where to run.
-        workers: processes that read pictures too many to be held in memory; None: up to four.
+        workers: processes that read pictures too many to be held in memory, for each process that
+            trains. None: its share of the CPUs, where it trains on a CPU up to four.
+        loader: what reads them, "workers" or "dali" (NVIDIA DALI, where it is installed).
         overwrite: begin anew where `out` has a checkpoint already.
         progress: show a bar on stderr and a line for each epoch on stdout.
 
     Raises:
         TrainingError: and its kinds DataError and CheckpointError, in one line: what is wrong with
-            an argument, the data, or a file.
+            an argument, the data, or a file. LostProcessError: another process has ended.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once the checkpoint is written.
     """
     recipe = recipe or Recipe()
@@ -125,20 +88,48 @@ def train(
     ):
         if value not in accepted:
             raise TrainingError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
-    if (out / FILE).exists() and not overwrite:
-        raise TrainingError(
-            f"{out / FILE}: holds a run already; resume it, overwrite it, or choose another folder"
+    processes = Processes.current()
+
+    def begin() -> None:
+        if (out / FILE).exists() and not overwrite:
+            raise TrainingError(
+                f"{out / FILE}: holds a run already; resume it, overwrite it, or choose another "
+                "folder"
+            )
+        make_folder(out)
+
+    with processes.noticing_loss(lambda: "nothing has been trained yet"):
+        processes.main_does(begin)
+        loaded = processes.all_do(lambda: _load(data, size, crop, recipe))
+        network = Network(model, variant, len(loaded.classes), loaded.train.channels)
+        torch.manual_seed(recipe.seed)
+        preprocess = processes.main_does(lambda: replace(Preprocess.fit(loaded.train), crop=crop))
+        trainer = Trainer(
+            network.build(),
+            loaded,
+            recipe,
+            device=device,
+            workers=workers,
+            loader=loader,
+            preprocess=preprocess,
+            processes=processes,
         )
-    make_folder(out)
-    loaded = load(data, size)
-    network = Network(model, variant, len(loaded.classes), loaded.train.channels)
-    torch.manual_seed(recipe.seed)
-    trainer = Trainer(network.build(), loaded, recipe, device=device, workers=workers)
-    run = _Run(trainer, network, out, progress)
-    run.save()  # so that a run killed in its first epoch is this one, too
-    for name in (LOG, CURVES, CONFUSION, RESULT):  # of a run that is overwritten
-        (out / name).unlink(missing_ok=True)
+        run = _Run(trainer, network, out, progress)
+        run.save()  # so that a run killed in its first epoch is this one, too
+    if processes.main:
+        note(begun(out))
+        for name in (LOG, CURVES, CONFUSION, RESULT):  # of a run that is overwritten
+            (out / name).unlink(missing_ok=True)
     return run.finish()
+
+
+def begun(out: Path) -> str:
+    """What `train` leaves word of, once a run has its checkpoint in the folder."""
+    return f"has begun a run in {out.resolve()}"
+
+
+def _load(source: Any, size: Any, crop: float, recipe: Recipe) -> Data:
+    return load(source, size, crop=crop, hold=recipe.augment != "crop+flip")
 
 
 def resume(
@@ -147,42 +138,62 @@ def resume(
     data: str | Path | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
+    loader: str = "workers",
     progress: bool = True,
 ) -> Result:
     """Go on with a run that was interrupted or killed, by what its checkpoint says.
 
-    On a CPU it ends in the very bits of a run without interruption, on as many threads.
+    On a CPU it ends in the very bits of a run without interruption, on as many threads. By another
+    number of processes than before: they take the batches of then among them.
 
     Args:
         out: the folder of the run.
         data: where its data are now, if they have moved.
-        device, workers, progress: as for `train`.
+        device, workers, loader, progress: as for `train`.
 
     Raises:
         TrainingError, KeyboardInterrupt: as `train`; also where the data are not those of the run.
     """
     out = Path(out)
-    saved = Checkpoint.load(out)
-    make_folder(out)
-    loaded = load(saved.source if data is None else data, saved.preprocess.size)
+    processes = Processes.current()
+
+    def begin() -> Checkpoint:
+        saved = Checkpoint.load(out)
+        make_folder(out)
+        return saved
+
+    with processes.noticing_loss(lambda: "the run is as it was"):
+        saved = processes.main_does(begin)
+        loaded = processes.all_do(lambda: _load_again(saved, data, out))
+        trainer = Trainer(
+            saved.network.build(),
+            loaded,
+            saved.recipe,
+            device=device,
+            workers=workers,
+            loader=loader,
+            preprocess=saved.preprocess,
+            processes=processes,
+        )
+        try:
+            trainer.load_state_dict(saved.state)
+        except TrainingError:
+            raise
+        except Exception as error:  # the file says anything it likes
+            raise CheckpointError(f"{out / FILE}: damaged: {one_line(error)}") from None
+        run = _Run(trainer, saved.network, out, progress, saved.wall)
+    return run.finish()
+
+
+def _load_again(saved: Checkpoint, data: str | Path | None, out: Path) -> Data:
+    source = saved.source if data is None else data
+    loaded = _load(source, saved.preprocess.size, saved.preprocess.crop, saved.recipe)
     if loaded.fingerprint != saved.fingerprint:
         raise DataError(
             f"{loaded.source}: not the data that the run in {out} began with: other pictures, "
             "labels or classes"
         )
-    trainer = Trainer(
-        saved.network.build(),
-        loaded,
-        saved.recipe,
-        device=device,
-        workers=workers,
-        preprocess=saved.preprocess,
-    )
-    try:
-        trainer.load_state_dict(saved.state)
-    except Exception as error:  # the file says anything it likes
-        raise CheckpointError(f"{out / FILE}: damaged: {one_line(error)}") from None
-    return _Run(trainer, saved.network, out, progress, saved.wall).finish()
+    return loaded
 
 
 def log_csv(history: list[Epoch]) -> bytes:
@@ -209,14 +220,27 @@ class _Run:
         require("matplotlib", "matplotlib", "drawing figures")
         self.trainer, self.network, self.out = trainer, network, out
         self.start = time.perf_counter() - wall
-        self.progress = progress
+        self.processes = trainer.processes
+        self.progress = progress and self.processes.main
         self.bar: Any = None
 
     def finish(self) -> Result:
-        trainer = self.trainer
+        with self.processes.noticing_loss(self._how_to_go_on):
+            evaluation = self._train()
+            return self._conclude(evaluation)
+
+    def _how_to_go_on(self) -> str:
+        done = f"epoch {self.trainer.epoch}" if self.trainer.epoch else "the beginning"
+        return f"the checkpoint of {done} is there; to go on: {self._command()}"
+
+    def _command(self) -> str:
+        return f"fusedres train --resume --out {shlex.quote(str(self.out))}"
+
+    def _train(self) -> Evaluation:
+        trainer, agreement = self.trainer, Agreement(self.processes)
         per_step = trainer.batch_size
         with (
-            _interruptions() as asked,
+            interruptions(once=self.processes.count == 1) as asked,
             self.tqdm(
                 total=trainer.steps * per_step,
                 initial=trainer.step * per_step,
@@ -231,7 +255,10 @@ class _Run:
 
             def on_step() -> None:
                 self._show()
-                if asked:
+                if trainer.batch == trainer.steps_per_epoch:  # the test may take long
+                    trainer.check_finite()
+                    self.save()
+                if agreement.reached(bool(asked)):
                     self._stop()
 
             try:
@@ -239,21 +266,29 @@ class _Run:
             except RuntimeError as error:
                 if not (asked and "DataLoader worker" in str(error)):
                     raise
-                self._stop()  # the signal ended the workers as well, between two steps
-        return self._conclude(evaluation)
+                # the signal ended the workers as well, between two steps
+                if self.processes.count > 1:  # which the others may not have reached
+                    raise KeyboardInterrupt(f"stopped; {self._how_to_go_on()}") from None
+                self._stop()
+            agreement.close()
+        return evaluation
 
     def _stop(self) -> NoReturn:
         trainer = self.trainer
         trainer.check_finite()  # or keep the checkpoint of before
         self.save()
+        if not self.processes.main:
+            raise StoppedElsewhere
         raise KeyboardInterrupt(
-            f"stopped after step {trainer.step} of {trainer.steps}; to go on: fusedres train "
-            f"--resume --out {shlex.quote(str(self.out))}"
+            f"stopped after step {trainer.step} of {trainer.steps}; to go on: {self._command()}"
         )
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; every process calls this."""
         trainer = self.trainer
+        state = trainer.state_dict()
+        if not self.processes.main:
+            return
         Checkpoint(
             network=self.network,
             recipe=trainer.recipe,
@@ -262,7 +297,7 @@ class _Run:
             source=trainer.data.source,
             fingerprint=trainer.data.fingerprint,
             wall=time.perf_counter() - self.start,
-            state=trainer.state_dict(),
+            state=state,
         ).save(self.out / FILE)
 
     def _epoch_done(self, evaluation: Evaluation) -> None:
@@ -281,6 +316,8 @@ class _Run:
         self._describe()
 
     def _write_log(self) -> None:
+        if not self.processes.main:
+            return
         write_atomically(self.out / LOG, log_csv(self.trainer.history))
 
     def _describe(self) -> None:
@@ -293,9 +330,8 @@ class _Run:
         if not bar.disable and (
             trainer.step == trainer.steps or time.time() - bar.last_print_t >= bar.mininterval
         ):
-            right = trainer.right.item() / (trainer.batch * trainer.batch_size)
             bar.set_postfix_str(
-                f"loss {trainer.loss.item():.3f}, accuracy {right:.1%}", refresh=False
+                f"loss {trainer.loss.item():.3f}, accuracy {trainer.accuracy:.1%}", refresh=False
             )
         bar.update(trainer.batch_size)
 
@@ -328,7 +364,14 @@ class _Run:
             compile=recipe.compile,
             seed=recipe.seed,
             device=trainer.device.type,
+            processes=self.processes.count,
         )
+        if self.processes.main:
+            self._write(result, evaluation)
+        return result
+
+    def _write(self, result: Result, evaluation: Evaluation) -> None:
+        trainer, network, history = self.trainer, self.network, self.trainer.history
         self._write_log()
         content = json.dumps(asdict(result), indent=2, allow_nan=False) + "\n"
         write_atomically(self.out / RESULT, content.encode())
@@ -342,30 +385,7 @@ class _Run:
                 f"{title}\n{evaluation.accuracy:.1%} of {len(trainer.data.test)} test pictures",
             ),
         )
-        return result
 
 
 def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put on; the second acts as ever."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before: dict[signal.Signals, Any] = {}
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,6 +19,7 @@ from fusedres.training.data.pictures import (
     Failure,
     FilePictures,
     Pictures,
+    Share,
     hold_out,
     read_picture,
     resized,
@@ -31,13 +32,20 @@ __all__ = [
     "Failure",
     "FilePictures",
     "Pictures",
+    "Share",
     "find_pictures",
     "load",
     "read_picture",
 ]
 
 
-def load(source: str | Path, size: int | tuple[int, int] | None = None) -> Data:
+def load(
+    source: str | Path,
+    size: int | tuple[int, int] | None = None,
+    *,
+    crop: float = 1.0,
+    hold: bool = True,
+) -> Data:
     """Read labelled pictures.
 
     Args:
@@ -53,6 +61,10 @@ def load(source: str | Path, size: int | tuple[int, int] | None = None) -> Data:
         size: (H, W) or the side of a square, in pixels, that pictures are scaled to, from 32 up. By
             default arrays keep theirs (brought up to 32), pictures in files too if they share one
             up to 512; others become 224.
+        crop: share of their sides that is kept of pictures in files, around their middle, above 0
+            up to 1.
+        hold: decode training pictures in files once, into memory, if they take no more than 1 GiB
+            there. False: read them as they are needed, which random crops are cut out of.
 
     Returns:
         The data; labels run from 0 to len(classes) - 1.
@@ -65,20 +77,22 @@ def load(source: str | Path, size: int | tuple[int, int] | None = None) -> Data:
         size = size, size
     if size is not None and min(size) < SMALLEST:
         raise DataError(f"size must be at least {SMALLEST} pixels, got {list(size)}")
+    if not 0 < crop <= 1:
+        raise DataError(f"crop must be above 0 and at most 1, got {crop}")
     if str(source) == "digits":
         return _digits(size or (SMALLEST, SMALLEST))
-    data = _from_path(Path(source), size)
+    data = _from_path(Path(source), size, crop, hold)
     return replace(data, source=str(Path(source).resolve()))
 
 
-def _from_path(path: Path, size: tuple[int, int] | None) -> Data:
+def _from_path(path: Path, size: tuple[int, int] | None, crop: float, hold: bool) -> Data:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; accepted is also the word digits")
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".h5", ".hdf5"))
         if files:
             return from_arrays(read_hdf5(files), path, size)
-        return from_folder(path, size)
+        return from_folder(path, size, crop, hold)
     if path.suffix in (".h5", ".hdf5"):
         twin = path.with_name(path.name.replace("train", "test", 1))
         pair = [path, twin] if twin != path and twin.exists() else [path]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fusedres.training.data.pictures import (
     SMALLEST,
@@ -14,9 +15,11 @@ from fusedres.training.data.pictures import (
     Data,
     Failure,
     FilePictures,
+    Paths,
     Pictures,
     hold_out,
     opened,
+    upright_size,
 )
 from fusedres.training.files import DataError, require
 
@@ -25,12 +28,11 @@ TRAIN = ("train", "training")  # in any case
 TEST = ("test", "testing", "val", "valid", "validation")
 SIZE = 224  # pixels, where the pictures differ in size or are larger than LARGEST
 LARGEST = 512
-ORIENTATION = 0x0112  # in EXIF
 LOOKED_AT = 64  # so many pictures are asked for their size
 IN_MEMORY = 2**30  # bytes; what decodes to more is read as it is needed
 
 
-def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
+def from_folder(path: Path, size: tuple[int, int] | None, crop: float, hold: bool) -> Data:
     """Data out of a folder of classes, or one with `train` and `test` that are."""
     train_root = _part(path, TRAIN)
     test_root = _part(path, TEST)
@@ -40,19 +42,19 @@ def from_folder(path: Path, size: tuple[int, int] | None) -> Data:
             if name not in classes:
                 raise DataError(f"{test_root / name}: no class of that name in {train_root}")
         files = [_files(root, classes) for root in (train_root, test_root)]
-        size = size or _common_size([path for paths, _ in files for path in paths])
-        train, test = (FilePictures(paths, torch.tensor(y), size) for paths, y in files)
+        size = size or _common_size([path for paths, _ in files for path in _some(paths)])
+        train, test = (FilePictures(paths, labels, size, crop) for paths, labels in files)
     else:
         root = train_root or path
         classes = _classes(root)
         paths, labels = _files(root, classes)
-        size = size or _common_size(paths)
-        whole = FilePictures(paths, torch.tensor(labels), size)
+        size = size or _common_size(_some(paths))
+        whole = FilePictures(paths, labels, size, crop)
         train, test = (
-            FilePictures([paths[i] for i in index], whole.labels[index], size)
+            FilePictures([paths[i] for i in index], labels[index], size, crop)
             for index in hold_out(whole, classes, str(path))
         )
-    return Data(_held(train), _held(test), classes, str(path))
+    return Data(_held(train) if hold else train, _held(test), classes, str(path))
 
 
 def find_pictures(folder: str | Path) -> tuple[list[Path], list[Failure]]:
@@ -124,27 +126,37 @@ def _classes(root: Path) -> tuple[str, ...]:
     return tuple(folder.name for folder in found)
 
 
-def _files(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+def _files(root: Path, classes: tuple[str, ...]) -> tuple[Paths, Tensor]:
     """Every picture below the folder of its class, with its label."""
     paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+    counts: list[int] = []
+    for name in classes:
+        found = [
+            Path(folder, file)
+            for folder, _, files in os.walk(root / name)
+            for file in files
+            if os.path.splitext(file)[1].lower() in SUFFIXES
+        ]
         if not found:
             raise DataError(f"{root / name}: no pictures in it (of {', '.join(SUFFIXES)})")
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels
+        paths += sorted(found)
+        counts.append(len(found))
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    return Paths(paths), labels
+
+
+def _some(paths: Sequence[Path]) -> Sequence[Path]:
+    """So many that all can be asked for their size."""
+    return paths[:: max(1, len(paths) // LOOKED_AT)]
 
 
 def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
     """(H, W): that of pictures of one size up to LARGEST, or SIZE."""
     sizes = set()
-    for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
+    for path in paths:
         with opened(path) as image:
-            on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-            sizes.add(image.size[::-1] if on_its_side else image.size)
-    width, height = sizes.pop() if len(sizes) == 1 else (SIZE, SIZE)
+            sizes.add(upright_size(image))
+    height, width = sizes.pop() if len(sizes) == 1 else (SIZE, SIZE)
     if max(width, height) > LARGEST:
         return SIZE, SIZE
     return (height, width) if min(height, width) >= SMALLEST else (SMALLEST, SMALLEST)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 import stat
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,12 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusedres.training.data.crops import Box, middle, random_box
 from fusedres.training.files import DataError, one_line, require
 
 SMALLEST = 32  # pixels: what a ResNet's five halvings leave one of
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for so many channels
 FINGERPRINTED = 16  # pictures of each part, evenly spread, that stand for all
 HELD_OUT = 0.2  # of every class, where a source has no test part
+ORIENTATION = 0x0112  # in EXIF
+ON_ITS_SIDE = (5, 6, 7, 8)  # values of it
+DRAFT = 2  # a JPEG is decoded at this many times the wanted size at least, where it is larger
+
+
+@dataclass(frozen=True)
+class Share:
+    """Pictures to read for a step: those of a batch that this process takes."""
+
+    index: list[int]
+    draws: Tensor | None = None  # [B, crops.DRAWS], of the parts that are cut out of them
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor]]):
@@ -38,10 +52,15 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
     labels: Tensor
     size: tuple[int, int]
     channels: int
+    whole = False  # whether more of a picture is there than what `read` gives
 
     @abstractmethod
     def read(self, index: Sequence[int]) -> Tensor:
         """Some of the pictures: uint8 [B, H, W, C]."""
+
+    def read_parts(self, index: Sequence[int], draws: Tensor) -> Tensor:
+        """As `read`, a random part of each, where `whole`: draws are [B, crops.DRAWS]."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,12 +68,14 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.read([index])[0], self.labels[index]
 
-    def __getitems__(self, index: Sequence[int]) -> tuple[Tensor, Tensor] | DataError:
+    def __getitems__(self, share: Share) -> tuple[Tensor, Tensor] | DataError:
         """A batch, as torch's DataLoader asks for one. An error is returned, not raised: from a
         worker process it would arrive wrapped in a traceback.
         """
+        index, draws = share.index, share.draws
         try:
-            return self.read(index), self.labels[torch.as_tensor(index)]
+            images = self.read(index) if draws is None else self.read_parts(index, draws)
+            return images, self.labels[torch.as_tensor(index)]
         except DataError as error:
             return error
 
@@ -83,13 +104,49 @@ class FilePictures(Pictures):
         paths: N files.
         labels: int64 [N].
         size: (H, W), what they are scaled and cropped to.
+        crop: share of the sides that is kept of the largest part of that shape, above 0 up to 1.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, size: tuple[int, int]) -> None:
-        self.paths, self.labels, self.size, self.channels = paths, labels, size, 3
+    whole = True
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor, size: tuple[int, int], crop: float = 1.0
+    ) -> None:
+        self.paths = paths if isinstance(paths, Paths) else Paths(paths)
+        self.labels, self.size, self.channels, self.crop = labels, size, 3, crop
 
     def read(self, index: Sequence[int]) -> Tensor:
-        return torch.stack([read_picture(self.paths[i], self.size, self.channels) for i in index])
+        return torch.stack(
+            [read_picture(self.paths[i], self.size, self.channels, crop=self.crop) for i in index]
+        )
+
+    def read_parts(self, index: Sequence[int], draws: Tensor) -> Tensor:
+        rows = zip(index, draws.tolist(), strict=True)
+        return torch.stack([read_part(self.paths[i], self.size, row) for i, row in rows])
+
+
+class Paths(Sequence[Path]):
+    """Many paths in one buffer: a million objects would be copied into every worker process, page
+    by page, as their reference counts are touched.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        names = [os.fsencode(path) for path in paths]
+        self._names = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> Path: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Path]: ...
+    def __getitem__(self, i: int | slice) -> Path | list[Path]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        start, end = self._ends[range(len(self))[i] :][:2]
+        return Path(os.fsdecode(self._names[start:end]))
 
 
 @dataclass(frozen=True)
@@ -182,24 +239,71 @@ def hold_out(pictures: Pictures, classes: tuple[str, ...], source: str) -> tuple
     return sorted(train), sorted(test)
 
 
-def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> Tensor:
-    """A picture file as uint8 [H, W, C]: turned upright, scaled, cropped around its middle.
+def read_picture(
+    path: Path, size: tuple[int, int], channels: int = 3, *, crop: float = 1.0
+) -> Tensor:
+    """A picture file as uint8 [H, W, C]: turned upright, cropped around its middle, scaled.
 
     Args:
         path: of any format that Pillow reads.
         size: (H, W).
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        crop: share of the sides that is kept of the largest part of the shape of `size`; 0.875 is
+            usual for ImageNet.
 
     Raises:
         DataError: as `opened`; or it has more than 8 bits a channel.
     """
     with opened(path) as image:
-        from PIL import Image, ImageOps
+        from PIL import Image
 
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise DataError(f"{path}: has more than 8 bits a channel (mode {image.mode})")
-        ImageOps.exif_transpose(image, in_place=True)
-        fitted = ImageOps.fit(image.convert(MODES[channels]), size[::-1], Image.Resampling.BICUBIC)
+        box = middle(upright_size(image), size, crop)
+        return _pixels(path, image, box, size, channels, Image.Resampling.BICUBIC)
+
+
+def read_part(path: Path, size: tuple[int, int], draws: Sequence[float]) -> Tensor:
+    """A random part of a picture file, turned upright, as uint8 RGB [H, W, 3], scaled bilinearly.
+
+    Args:
+        path: of any format that Pillow reads.
+        size: (H, W).
+        draws: as crops.random_box takes them.
+
+    Raises:
+        DataError: as read_picture.
+    """
+    with opened(path) as image:
+        from PIL import Image
+
+        box = random_box(upright_size(image), draws)
+        return _pixels(path, image, box, size, 3, Image.Resampling.BILINEAR)
+
+
+def upright_size(image: Any) -> tuple[int, int]:
+    """(H, W) of Pillow's image, of which the header has been read, once it is turned upright."""
+    width, height = image.size
+    on_its_side = image.getexif().get(ORIENTATION) in ON_ITS_SIDE
+    return (width, height) if on_its_side else (height, width)
+
+
+def _pixels(
+    path: Path, image: Any, box: Box, size: tuple[int, int], channels: int, resampling: Any
+) -> Tensor:
+    """What is in the box, uint8 [H, W, C]."""
+    from PIL import Image, ImageOps
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise DataError(f"{path}: has more than 8 bits a channel (mode {image.mode})")
+    least = DRAFT * max(size[0] / (box.bottom - box.top), size[1] / (box.right - box.left))
+    image.draft(None, (math.ceil(least), math.ceil(least)))  # of both sides: it may lie on one
+    ImageOps.exif_transpose(image, in_place=True)
+    width, height = image.size
+    within = (box.left * width, box.top * height, box.right * width, box.bottom * height)
+    # rounding may not lead out of the picture
+    within = (max(within[0], 0), max(within[1], 0), min(within[2], width), min(within[3], height))
+    fitted = image.convert(MODES[channels]).resize(size[::-1], resampling, box=within)
+    if box.mirrored:
+        fitted = fitted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(fitted)).view(*size, channels)
 
 
