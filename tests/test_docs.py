@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ if not (ROOT / "docs").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.append(ROOT / "benchmarks" / "README.md")
-COMMANDS = "train|evaluate|predict|summary|gradients|bench|tune"
+COMMANDS = "train|evaluate|predict|convert|summary|gradients|bench|tune"
 
 
 def script(path: str) -> ModuleType:
@@ -50,10 +51,20 @@ def test_the_table_of_signs_is_that_of_the_results() -> None:
     assert abs(means["fused"] - means["unfused"]) <= 0.02
 
 
+def test_the_table_of_the_loader_is_that_of_the_results() -> None:
+    loader = script("benchmarks/loader.py")
+    results = json.loads(loader.RESULTS.read_text())
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert f"{loader.BEGIN}\n{loader.table(results)}\n{loader.END}" in page
+    one = next(row["img_per_s"] for row in results["rows"] if row["workers"] == 1)
+    assert f" | 1 | {one:,.0f} | {one:,.0f} | {math.ceil(9500 / one)} |" in page
+    assert {row["way"] for row in results["rows"]} and "cores for 9,500 img/s" in page
+
+
 def rows_of_results() -> list[Row]:
     found = []
     for path in sorted((ROOT / "benchmarks" / "results").rglob("*.json")):
-        if path.name != "signs.json":
+        if path.name not in ("signs.json", "loader.json"):
             found += results.read([path])
     return found
 
