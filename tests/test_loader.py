@@ -128,7 +128,9 @@ def test_arrays_and_files_show_the_same_parts(tmp_path: Path) -> None:
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     draws = draw("crop+flip", 6, seeded(5))
     paths = [tmp_path / f"{i}.png" for i in range(6)]
-    files = FilePictures(paths, torch.zeros(6).long(), (48, 48)).read_parts(range(6), draws)
+    files = FilePictures(paths, torch.zeros(6).long(), (48, 48)).read_share(
+        Share(list(range(6)), draws)
+    )
     arrays = augmented(unit(torch.from_numpy(images)), "crop+flip", draws) * 255
     off = (arrays.permute(0, 2, 3, 1) - files.float())[:, 2:-2, 2:-2].abs()
     assert off.mean() < 1 and off.max() < 8
@@ -221,8 +223,6 @@ def test_pictures_to_take_parts_of_are_not_held(folder: Path) -> None:
     assert isinstance(load(folder, 40).train, ArrayPictures)
     data = load(folder, 40, hold=False)
     assert isinstance(data.train, FilePictures) and isinstance(data.test, ArrayPictures)
-    with pytest.raises(NotImplementedError):
-        data.test.read_parts([0], torch.rand(1, DRAWS))
 
 
 def test_training_on_parts_takes_them_as_they_are_read(folder: Path) -> None:

@@ -216,9 +216,9 @@ def test_sigterm_while_workers_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("signal_", "then"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_an_interruption_ends_all_at_one_step(
-    tmp_path: Path, data: Path, whole: Path, signal_: int
+    tmp_path: Path, data: Path, whole: Path, signal_: int, then: int
 ) -> None:
     out = tmp_path / "run"
     code, said, wrong = stopped(out, data, signal_, None)
@@ -226,7 +226,7 @@ def test_an_interruption_ends_all_at_one_step(
     (line,) = complaints(wrong)
     assert "stopped after step" in line and "--resume" in line
     assert 3 < Checkpoint.load(out).state["step"] < STEPS
-    code, said, wrong = run(1, "--resume", "--out", str(out))
+    code, said, wrong = run(then, "--resume", "--out", str(out))
     assert code == 0, said + wrong
     assert_same_end(out, whole)
 
@@ -297,6 +297,18 @@ def test_fewer_pictures_than_processes_take(count: int, sync: bool, least: int) 
     with pytest.raises(TrainingError, match=message):
         recipe = Recipe(batch_size=2, sync_bn=sync)
         Trainer(tiny.model(), tiny.data(), recipe, processes=Many(0, count))
+
+
+def test_a_checkpoint_of_one_process_that_says_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those before there were several: its batch is that of the recipe, whoever shares it."""
+    monkeypatch.setattr(Trainer, "_parallel", lambda self: self.model)
+    recipe = Recipe(epochs=2, batch_size=4, sync_bn=True)
+    state = Trainer(tiny.model(), tiny.data(), recipe).state_dict()
+    del state["batch_size"]
+    two = Trainer(tiny.model(), tiny.data(), recipe, processes=Many(0, 2))
+    assert (two.batch_size, two.steps_per_epoch) == (8, 3)
+    two.load_state_dict(state)
+    assert (two.batch_size, two.steps_per_epoch) == (4, 6)
 
 
 def test_what_cannot_be_compiled() -> None:

@@ -85,15 +85,17 @@ class Preprocess:
 def _vectors(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return Normalization(mean, std).vectors(device, dtype)
+    with torch.inference_mode(False):  # the first to ask may be a test
+        return Normalization(mean, std).vectors(device, dtype)
 
 
 @lru_cache(32)
 def _columns(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    columns = (torch.tensor(v, device=device, dtype=dtype).view(-1, 1, 1) for v in (mean, std))
-    return next(columns), next(columns)
+    with torch.inference_mode(False):
+        first, second = (torch.tensor(v, device=device, dtype=dtype) for v in (mean, std))
+        return first.view(-1, 1, 1), second.view(-1, 1, 1)
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:

@@ -58,9 +58,9 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
     def read(self, index: Sequence[int]) -> Tensor:
         """Some of the pictures: uint8 [B, H, W, C]."""
 
-    def read_parts(self, index: Sequence[int], draws: Tensor) -> Tensor:
-        """As `read`, a random part of each, where `whole`: draws are [B, crops.DRAWS]."""
-        raise NotImplementedError
+    def read_share(self, share: Share) -> Tensor:
+        """As `read`; of pictures that are there as a whole the parts that are drawn."""
+        return self.read(share.index)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,10 +72,8 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
         """A batch, as torch's DataLoader asks for one. An error is returned, not raised: from a
         worker process it would arrive wrapped in a traceback.
         """
-        index, draws = share.index, share.draws
         try:
-            images = self.read(index) if draws is None else self.read_parts(index, draws)
-            return images, self.labels[torch.as_tensor(index)]
+            return self.read_share(share), self.labels[torch.as_tensor(share.index)]
         except DataError as error:
             return error
 
@@ -120,8 +118,10 @@ class FilePictures(Pictures):
             [read_picture(self.paths[i], self.size, self.channels, crop=self.crop) for i in index]
         )
 
-    def read_parts(self, index: Sequence[int], draws: Tensor) -> Tensor:
-        rows = zip(index, draws.tolist(), strict=True)
+    def read_share(self, share: Share) -> Tensor:
+        if share.draws is None:
+            return self.read(share.index)
+        rows = zip(share.index, share.draws.tolist(), strict=True)
         return torch.stack([read_part(self.paths[i], self.size, row) for i, row in rows])
 
 
