@@ -216,12 +216,14 @@ def test_sigterm_while_workers_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signal_", "then"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("signal_", "rank", "then"), [(signal.SIGINT, None, 1), (signal.SIGTERM, 1, 2)]
+)
 def test_an_interruption_ends_all_at_one_step(
-    tmp_path: Path, data: Path, whole: Path, signal_: int, then: int
+    tmp_path: Path, data: Path, whole: Path, signal_: int, rank: int | None, then: int
 ) -> None:
     out = tmp_path / "run"
-    code, said, wrong = stopped(out, data, signal_, None)
+    code, said, wrong = stopped(out, data, signal_, rank)
     assert code != 0
     (line,) = complaints(wrong)
     assert "stopped after step" in line and "--resume" in line
