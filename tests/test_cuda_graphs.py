@@ -344,8 +344,9 @@ def asked(path: Path, source: str) -> list[str]:
     return found
 
 
-# by what they are for: state dicts, pictures of weights and traces of a model are no step's
-ASIDE = {"weights.py", "summary.py", "tracing.py", "matching.py", "init.py"}
+# by what they are for: state dicts and files they come from, pictures of weights and traces of a
+# model are no step's
+ASIDE = {"weights.py", "arrays.py", "summary.py", "tracing.py", "matching.py", "init.py"}
 # nor what freeze does once, vectors that are made before a graph is recorded, and the recording
 ASIDE |= {"freeze.py", "frames.py", "graphs.py"}
 ON_A_CPU = ("s.isfinite().item()",)  # asked where oneDNN runs
