@@ -60,9 +60,10 @@ class Normalization(NamedTuple):
 
 
 def normalized(images: Tensor, vectors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """uint8 [N, H, W, C] -> [N, C, H, W] in channels_last, rounded once."""
+    """uint8 [N, H, W, C] -> [N, C, H, W] in channels_last, in one pass, rounded once."""
     scale, shift = vectors
-    return torch.addcmul(shift, images.to(scale.dtype), scale).to(dtype).permute(0, 3, 1, 2)
+    out = torch.empty(images.shape, dtype=dtype, device=images.device)
+    return torch.addcmul(shift, images, scale, out=out).permute(0, 3, 1, 2)
 
 
 class FromPixels(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.nn.frames import Normalization
+from fusedres.nn.frames import Normalization, normalized
 from fusedres.training.data import Pictures
 from fusedres.training.data.crops import DRAWS, random_box
 
@@ -75,9 +75,8 @@ class Preprocess:
         """uint8 [N, H, W, C] -> standardised [N, C, H, W] in channels_last, in one pass, rounded
         once.
         """
-        scale, shift = _vectors(tuple(self.mean), tuple(self.std), images.device, dtype)
-        out = torch.empty(images.shape, dtype=dtype, device=images.device)
-        return torch.addcmul(shift, images, scale, out=out).permute(0, 3, 1, 2)
+        vectors = _vectors(tuple(self.mean), tuple(self.std), images.device, dtype)
+        return normalized(images, vectors, dtype)
 
 
 # kept, as a GPU would be waited for where they are made
